@@ -1,0 +1,85 @@
+# make book    build the book (PROFILE=smoke|quick|full; quick is the default) and print the page to open
+# make test    lint, unit tests, notebooks at the smoke profile, site, browser tests
+# make help    the rest
+# Works with GNU make 3.81 and BSD tools (macOS).
+
+PROFILE ?= quick
+# The first of these that is Python 3.11, 3.12 or 3.13 makes .venv; `make book PYTHON=/path/to/python` chooses another.
+PYTHON ?= python3 python3.13 python3.12 python3.11
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/installed
+READY_FULL := $(VENV)/installed-full
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+
+ifeq ($(filter $(PROFILE),smoke quick full),)
+$(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
+endif
+
+.PHONY: help book test fast lab bench format clean
+
+help:
+	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
+	@echo "                            smoke: for tests; quick: what readers see; full: for a GPU"
+	@echo "make test                   everything that CI checks"
+	@echo "make fast                   lint and the fast unit tests only"
+	@echo "make lab                    JupyterLab on the notebooks"
+	@echo "make bench                  benchmark of sampling and training, a printed table"
+	@echo "make format                 format the code and strip the notebooks' outputs"
+	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
+
+book: $(if $(filter full,$(PROFILE)),$(READY_FULL),$(READY))
+	@$(BIN)/python book/build.py --profile $(PROFILE)
+
+test: fast
+	$(BIN)/python book/build.py --profile smoke
+	$(BIN)/python -m pytest -q -m "slow or browser"
+
+fast: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+	$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+lab: $(READY)
+	$(BIN)/jupyter-lab notebooks
+
+bench: $(READY)
+	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/training.py
+
+format: $(READY)
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find bilevel_core book tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are made last: an interrupted installation is taken up again, a finished one is re-used
+# until the packages asked for change.
+$(READY): $(BIN)/python pyproject.toml $(wildcard $(CONSTRAINTS))
+	@echo "Installing the packages of the book into $(VENV) (once; some minutes)"
+	$(INSTALL) -e ".[book,test]"
+	@touch $@
+
+$(READY_FULL): $(READY)
+	@echo "Installing what the full profile needs besides"
+	$(INSTALL) -e ".[book,test,full]"
+	@touch $@
+
+$(BIN)/python:
+	@for p in $(PYTHON); do \
+	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    echo "Creating $(VENV) with $$($$p --version)"; \
+	    $$p -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "$$p could not create $(VENV); on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; \
+	  fi; \
+	done; \
+	echo "The book needs Python 3.11, 3.12 or 3.13; tried:" >&2; \
+	for p in $(PYTHON); do echo "  $$p: $$($$p --version 2>&1 | tail -n 1)" >&2; done; \
+	echo "Install one of them, or name it: make book PYTHON=/path/to/python3.12" >&2; exit 1
