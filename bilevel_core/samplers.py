@@ -1,0 +1,149 @@
+"""Backward sampling (Algorithm 4): DDIM and ancestral, one function each, differentiable in abar and so in q.
+
+A denoiser is any callable eps_hat = denoiser(x, t) with x (B, ...) and t an int in 1..T. Time runs down a grid
+t_1 > t_2 > ... > 0; the caller passes the noise (or a generator), decides about no_grad, and may pass a progress bar
+such as tqdm. The law of the samples is the law of this discrete chain, not of its continuous limit.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from . import schedules
+
+Denoiser = Callable[[Tensor, int], Tensor]
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+def timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
+    """The sampling grid t_1 > ... > t_steps >= 1, a subset of 1..T; the final step from t_steps to 0 is implied.
+
+    trailing (default) starts at T; leading ends at 1; linspace does both (names as in diffusers; t here is their
+    index plus one). Raises ValueError unless 1 <= steps <= T and the spacing is known.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps = {steps} must lie in 1..T = {T}")
+    if spacing == "trailing":
+        grid = [round(T - i * T / steps) for i in range(steps)]
+    elif spacing == "leading":
+        grid = [1 + i * (T // steps) for i in reversed(range(steps))]
+    elif spacing == "linspace":
+        grid = [T] if steps == 1 else [round(1 + i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
+    else:
+        raise ValueError(f"spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+    return grid
+
+
+def draw_x_T(
+    shape: tuple[int, ...],
+    abar: Tensor,
+    *,
+    x0: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draws x_T of the given shape (B, ...): N(0, I), with a warning if abar_T is too large for it.
+
+    x0  optional (n, ...) data: then x_T = sqrt(abar_T) x_0 + sqrt(1 - abar_T) eps with x_0 resampled from these rows,
+        the right law for every abar_T, and no warning.
+    """
+    if x0 is not None:
+        rows = torch.randint(len(x0), (shape[0],), generator=generator, device=x0.device)
+        eps = torch.randn(shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        return schedules.noise(x0[rows], eps, abar[-1])
+    schedules.check_terminal(abar)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+def sample_ddim(
+    denoiser: Denoiser,
+    x: Tensor,
+    abar: Tensor,
+    ts: list[int],
+    *,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    noise: Iterable[Tensor] | None = None,
+    trajectory: bool = False,
+    progress: Callable[[list], Iterable] | None = None,
+) -> Tensor | list[Tensor]:
+    """Algorithm 4 with the DDIM update of Song et al. (arXiv 2010.02502, eq. 12).
+
+    x      (B, ...)  x_T, or more exactly x at t = ts[0]
+    abar   (T+1,)    signal levels, abar[0] = 1
+    ts     descending grid from `timesteps`
+    eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling
+    noise  one tensor like x for each step, else drawn from the generator (only where sigma > 0)
+    Returns x_0 (B, ...), or the list [x_T, ..., x_0] if trajectory. Raises ValueError for a bad eta or grid.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta = {eta} must lie in [0, 1]")
+    path, noise = [x], iter(noise) if noise is not None else None
+    for t, s in _pairs(ts, abar, progress):
+        a_t, a_s = abar[t], abar[s]
+        sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt() if eta else 0.0
+        # x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z, collected by x and eps_hat
+        c_x = (a_s / a_t).sqrt()
+        c_eps = (1 - a_s - sigma**2).clamp(min=0) ** 0.5 if s else torch.zeros_like(a_t)
+        c_eps = c_eps - c_x * (1 - a_t).sqrt()
+        eps_hat = denoiser(x, t)
+        x = _scalar(c_x, x) * x + _scalar(c_eps, x) * eps_hat
+        if eta and s:
+            x = x + _scalar(sigma, x) * _draw(x, noise, generator)
+        if trajectory:
+            path.append(x)
+    return path if trajectory else x
+
+
+def sample_ancestral(
+    denoiser: Denoiser,
+    x: Tensor,
+    abar: Tensor,
+    ts: list[int],
+    *,
+    variance: str = "posterior",
+    generator: torch.Generator | None = None,
+    noise: Iterable[Tensor] | None = None,
+    trajectory: bool = False,
+    progress: Callable[[list], Iterable] | None = None,
+) -> Tensor | list[Tensor]:
+    """Algorithm 4 as DDPM ancestral sampling (Ho et al., arXiv 2006.11239, eqs. 6-7), on any grid.
+
+    variance  "posterior": that of q(x_s | x_t, x_0), as DDIM with eta = 1; "beta": 1 - abar_t/abar_s, the larger one
+    The other arguments, the result and the errors are those of `sample_ddim`. The last step adds no noise.
+    """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"variance is {variance!r}; it must be 'posterior' or 'beta'")
+    path, noise = [x], iter(noise) if noise is not None else None
+    for t, s in _pairs(ts, abar, progress):
+        a_t, a_s = abar[t], abar[s]
+        beta = 1 - a_t / a_s
+        eps_hat = denoiser(x, t)
+        mean = (x - _scalar(beta / (1 - a_t).sqrt(), x) * eps_hat) * _scalar((a_s / a_t).sqrt(), x)
+        sigma = (beta * (1 - a_s) / (1 - a_t) if variance == "posterior" else beta).sqrt()
+        x = mean + _scalar(sigma, x) * _draw(x, noise, generator) if s else mean
+        if trajectory:
+            path.append(x)
+    return path if trajectory else x
+
+
+def _pairs(ts: list[int], abar: Tensor, progress: Callable | None) -> Iterable[tuple[int, int]]:
+    """The steps (t, s): from each grid point to the next smaller one, and at last to 0."""
+    if not ts or ts[0] >= len(abar) or ts[-1] < 1 or any(t <= s for t, s in itertools.pairwise(ts)):
+        raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}")
+    pairs = list(zip(ts, [*ts[1:], 0], strict=True))
+    return progress(pairs) if progress else pairs
+
+
+def _draw(x: Tensor, noise: Iterable[Tensor] | None, generator: torch.Generator | None) -> Tensor:
+    if noise is not None:
+        return next(noise)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def _scalar(value: Tensor, x: Tensor) -> Tensor:
+    """A float64 coefficient, rounded once to the dtype and device of x."""
+    return value.to(device=x.device, dtype=x.dtype)

@@ -1,0 +1,200 @@
+"""Noise schedules as differentiable functions of q = (start, end, tau, epsilon).
+
+A schedule is a decreasing curve F(u) of the time u = t/T, read on the window w = start + u (end - start), with
+v = (w + epsilon) / (1 + epsilon):
+
+    cosine   F = cos(v pi/2)^(2 tau)
+    sigmoid  F = sigmoid((1 - w)/tau + epsilon)
+    linear   F = exp(-tau (0.1 v + 19.9 v^2 / 2))          beta linear in time, as in DDPM
+
+    released     beta_t = clip(1 - F(t/T)/F((t-1)/T), 0, 0.999)
+    normalised   the same after F(u) <- (F(u) - F(1))/(F(0) - F(1)), so that the end points are exact
+                 (Chen, arXiv 2301.10972)
+
+and abar_t = prod_{s<=t} (1 - beta_s), with abar_0 = 1. Everything is computed and returned in float64 (1 - abar_1 is
+about 1e-5, so float32 would lose two digits of the noise level), from log F, so that no ratio is 0/0.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+KINDS = ("cosine", "sigmoid", "linear")
+FORMS = ("released", "normalised")
+NAMES = ("start", "end", "tau", "epsilon")
+DEFAULT_Q = {
+    "cosine": (0.0, 1.0, 1.0, 0.008),
+    "sigmoid": (0.0, 4.0, 0.5, 0.0),
+    "linear": (0.0, 1.0, 1.0, 0.0),
+}
+BOUNDS = {  # admissible ranges; besides, end - start >= GAP and abar_T >= MIN_ABAR
+    "cosine": ((0.0, 0.9), (0.0, 1.0), (0.1, 10.0), (0.0, 1.0)),
+    "sigmoid": ((-4.0, 4.0), (-4.0, 8.0), (0.1, 10.0), (-4.0, 4.0)),
+    "linear": ((0.0, 0.9), (0.0, 2.0), (0.1, 10.0), (0.0, 1.0)),
+}
+GAP = 0.05  # smallest end - start
+MIN_ABAR = 1e-10  # smallest abar_T: below it 1/sqrt(abar_T) amplifies the first sampling step beyond float32
+TERMINAL_ABAR = 1e-3  # above it a start at N(0, I) is visibly wrong (arXiv 2305.08891)
+MAX_BETA = 0.999
+
+
+def log_curve(u: Tensor, q: Tensor, kind: str = "cosine") -> Tensor:
+    """log F(u) of the schedule curve, before any normalisation.
+
+    u  (...)  time t/T in [0, 1]
+    q  (4,)   start, end, tau, epsilon
+    Returns float64 (...), finite also where F underflows. Raises ValueError for an unknown kind.
+    """
+    start, end, tau, epsilon = q.double().unbind()
+    w = start + u.double() * (end - start)
+    v = (w + epsilon) / (1 + epsilon)
+    if kind == "cosine":  # cos(v pi/2) = sin((1 - v) pi/2): exact near v = 1; the floor stands for F = 0
+        return 2 * tau * torch.log(torch.sin((1 - v).clamp(1e-300, 1) * (math.pi / 2)))
+    if kind == "sigmoid":
+        return torch.nn.functional.logsigmoid((1 - w) / tau + epsilon)
+    if kind == "linear":
+        return -tau * (0.1 * v + 9.95 * v**2)
+    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+
+
+def betas(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Tensor:
+    """beta_1..beta_T of a schedule, differentiable in q.
+
+    q     (4,)  start, end, tau, epsilon (see `check` for the admissible set)
+    T     number of steps, >= 2
+    form  "released" or "normalised"
+    Returns float64 (T,) in [0, 0.999]. Raises ValueError for an unknown kind or form, or T < 2.
+    """
+    _check_names(T, kind, form)
+    u = torch.arange(T + 1, dtype=torch.float64, device=q.device) / T
+    log_f = log_curve(u, q, kind)
+    if form == "normalised":  # log((F - F_T)/(F_0 - F_T)) up to a constant that cancels in the ratios below
+        above = -torch.expm1(log_f[-1] - log_f[:-1])  # (F_t - F_T)/F_t, exactly 0 only at t = T
+        log_f = log_f[:-1] + torch.log(above.clamp(min=1e-300))
+        ratio = torch.expm1(log_f[1:] - log_f[:-1])
+        last = torch.ones(1, dtype=ratio.dtype, device=q.device)  # F_T = 0 there, so beta_T = 1 before the clip
+        return torch.cat([-ratio, last]).clamp(0, MAX_BETA)
+    return (-torch.expm1(log_f[1:] - log_f[:-1])).clamp(0, MAX_BETA)
+
+
+def abar(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Tensor:
+    """Signal level abar_0..abar_T: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Differentiable in q.
+
+    Arguments as for `betas`. Returns float64 (T+1,), abar_0 = 1, decreasing, positive.
+    """
+    return abar_from_betas(betas(q, T, kind, form))
+
+
+def abar_from_betas(betas: Tensor) -> Tensor:
+    """abar_0..abar_T of any table of betas, e.g. of another library. betas (T,) in [0, 1). Returns float64 (T+1,)."""
+    b = betas.double()
+    if not ((b >= 0) & (b < 1)).all():
+        raise ValueError(f"betas must lie in [0, 1); found {b.min().item():.3g} to {b.max().item():.3g}")
+    return torch.cat([b.new_ones(1), torch.exp(torch.log1p(-b).cumsum(0))])
+
+
+def log_snr(abar: Tensor) -> Tensor:
+    """log(abar / (1 - abar)): the logarithm of the signal-to-noise ratio; +inf where abar = 1. Shape of abar."""
+    return torch.log(abar) - torch.log1p(-abar)
+
+
+def noise(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the forward process in one jump.
+
+    x0, eps  (B, ...)
+    abar_t   () or (B,), in [0, 1]; the square roots are taken in float64
+    Returns (B, ...) in the dtype of x0.
+    """
+    a = per_sample(abar_t, x0)
+    return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
+
+
+def per_sample(abar_t: Tensor | float, x: Tensor) -> Tensor:
+    """abar_t, () or (B,), in float64 on x's device, with trailing axes so that it multiplies x (B, ...)."""
+    a = torch.as_tensor(abar_t, dtype=torch.float64, device=x.device)
+    return a.reshape(a.shape + (1,) * (x.dim() - 1)) if a.dim() else a
+
+
+def check(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> None:
+    """Raises ValueError, naming parameter, value and range, unless q is admissible.
+
+    Admissible: finite, inside BOUNDS[kind], end - start >= GAP, and abar_T >= MIN_ABAR for this T and form.
+    """
+    _check_names(T, kind, form)
+    if q.shape != (4,):
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (4,): {', '.join(NAMES)}")
+    values = [float(value) for value in q.detach()]
+    for name, value, (low, high) in zip(NAMES, values, BOUNDS[kind], strict=True):
+        if not low <= value <= high:  # also catches NaN
+            raise ValueError(f"{name} = {value:g} is outside [{low:g}, {high:g}] for the {kind} schedule")
+    if values[1] - values[0] < GAP - 1e-9:
+        raise ValueError(f"end - start = {values[1] - values[0]:g} is below {GAP}: raise end or lower start")
+    last = abar(q.detach(), T, kind, form)[-1].item()
+    if last < MIN_ABAR * (1 - 1e-9):
+        raise ValueError(f"abar_T = {last:.2g} is below {MIN_ABAR:g} at T = {T}: lower end or tau, or call project()")
+
+
+def project(q: Tensor, T: int, kind: str = "cosine", form: str = "released", margin: float = 0.0) -> Tensor:
+    """A nearby admissible q: clip to the bounds, open the gap, then lower end until abar_T >= MIN_ABAR.
+
+    margin  distance kept from the bounds and added to GAP, >= 0 (in units of the parameter)
+    Returns (4,), in q's dtype, detached. Idempotent; admissible q (margin 0) come back unchanged. Raises ValueError
+    if q is not finite, or if no end gives abar_T >= MIN_ABAR.
+    """
+    if not torch.isfinite(q).all():
+        raise ValueError(f"q = {q.tolist()} is not finite, so there is nothing to project; was the step too large?")
+    bounds = torch.tensor(BOUNDS[kind], dtype=torch.float64)
+    new = q.detach().double().cpu().clamp(bounds[:, 0] + margin, bounds[:, 1] - margin)
+    gap = GAP + margin
+    new[0] = torch.minimum(new[0], bounds[1, 1] - margin - gap)
+    new[1] = torch.maximum(new[1], new[0] + gap)
+
+    def too_dark(end: float) -> bool:
+        return abar(torch.stack([new[0], new.new_tensor(end), new[2], new[3]]), T, kind, form)[-1] < MIN_ABAR
+
+    low, high = float(new[0] + gap), float(new[1])
+    if too_dark(high):
+        if too_dark(low):
+            raise ValueError(f"no end gives abar_T >= {MIN_ABAR:g} at start, tau, epsilon = {new[[0, 2, 3]].tolist()}")
+        for _ in range(60):  # bisection: abar_T falls as end grows
+            middle = (low + high) / 2
+            low, high = (low, middle) if too_dark(middle) else (middle, high)
+        new[1] = low
+    return new.to(q)
+
+
+def check_terminal(abar: Tensor) -> bool:
+    """Warns if abar_T > TERMINAL_ABAR, where sampling must not start from N(0, I) unnoticed. Returns whether it did."""
+    last = float(abar[-1])
+    if last <= TERMINAL_ABAR:
+        return False
+    warnings.warn(
+        f"abar_T = {last:.3g}: x_T still holds sqrt(abar_T) = {last**0.5:.3g} of the signal, so N(0, I) is the wrong "
+        "start. Raise end, use form='normalised', rescale_terminal(abar), or draw_x_T(..., x0=data).",
+        stacklevel=2,
+    )
+    return True
+
+
+def rescale_terminal(abar: Tensor, last: float = 1e-5) -> Tensor:
+    """Shifts and scales sqrt(abar) so that abar_T = last and abar_0 is kept (Lin et al., arXiv 2305.08891).
+
+    abar  (T+1,);  last in (0, abar_T], not 0, so that a denoiser that predicts eps can still be inverted at T
+    Returns (T+1,), differentiable.
+    """
+    if not 0 < last <= float(abar[-1]):
+        raise ValueError(f"last = {last:g} must lie in (0, abar_T = {float(abar[-1]):.3g}]")
+    root = abar.sqrt()
+    slope = (root[0] - last**0.5) / (root[0] - root[-1])
+    return (last**0.5 + (root - root[-1]) * slope).square()
+
+
+def _check_names(T: int, kind: str, form: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
+    if not isinstance(T, int) or T < 2:
+        raise ValueError(f"T is {T!r}; it must be an integer of at least 2")
