@@ -1,0 +1,386 @@
+"""Build the book: execute every notebook of _toc.yml, stage the sources, run Jupyter Book.
+
+    python book/build.py --profile smoke|quick|full     what `make book` calls
+    python book/build.py --export-colab DIR             write the notebooks that Colab opens, without outputs
+
+Everything is written under _build/<profile>: executed/ (notebooks with outputs, re-used while nothing they depend on
+changes), src/ (what Jupyter Book reads), site/_build/html (the site), status.json (times, versions, hardware).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from nbformat import NotebookNode
+
+from bilevel_core.lab import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+UNFILLED = 'REPOSITORY, REF = "", ""'
+COLAB = "https://colab.research.google.com"
+COLAB_BADGE = f"{COLAB}/assets/colab-badge.svg"  # what the notebooks on Colab show
+SITE_BADGE = "../book/colab-badge.svg"  # what the site shows: it fetches nothing from elsewhere
+TIMES = "<!-- build-times -->"
+MATHJAX_PARTS = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y", "sre/mathmaps")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class BuildError(Exception):
+    """The build cannot go on; the message is for the person who started it."""
+
+
+# ---------------------------------------------------------------- the public address
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where readers find the repository, the commit this build publishes, and the branch of Colab's notebooks."""
+
+    url: str
+    ref: str
+    branch: str
+
+    def colab(self, name: str) -> str | None:
+        """The page of Colab that opens notebook `name`; None where the repository is not on GitHub."""
+        where = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", self.url)
+        return f"{COLAB}/github/{where[1]}/blob/{self.branch}/notebooks/{name}.ipynb" if where else None
+
+
+def find_address(config: dict[str, Any]) -> Address | None:
+    """The address: on GitHub the environment's, else `repository: url` of _config.yml; None where that is empty."""
+    repository = config.get("repository") or {}
+    server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+    url = f"{server}/{name}" if server and name else repository.get("url")
+    if not url:
+        return None
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        ref = os.environ.get("GITHUB_SHA") or subprocess.check_output(head, text=True).strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the address {url} is set, but this is no git checkout to take the commit from") from error
+    return Address(url, ref, repository.get("branch") or "colab")
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def chapters(toc: dict[str, Any]) -> list[str]:
+    """Names of the notebooks in the table of contents, in its order."""
+
+    def files(node: Any) -> Iterator[str]:
+        if isinstance(node, dict) and "file" in node:
+            yield node["file"]
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from files(child)
+
+    names = [file.removeprefix("notebooks/") for file in files(toc) if file.startswith("notebooks/")]
+    missing = [name for name in names if not (NOTEBOOKS / f"{name}.ipynb").is_file()]
+    if missing:
+        raise BuildError(f"_toc.yml names notebooks that do not exist: {', '.join(missing)}")
+    return names
+
+
+def tagged(nb: NotebookNode, tag: str) -> list[NotebookNode]:
+    """The cells of a notebook that carry a tag."""
+    return [cell for cell in nb.cells if tag in cell.metadata.get("tags", ())]
+
+
+def dress(nb: NotebookNode, name: str, address: Address | None, badge: str) -> NotebookNode:
+    """Fill in the set-up cell's address and put the Colab badge under the title. Without an address: nothing."""
+    if address is None:
+        return nb
+    for cell in tagged(nb, "setup"):
+        if UNFILLED not in cell.source:
+            raise BuildError(f"{name}: the set-up cell has no line {UNFILLED}")
+        cell.source = cell.source.replace(UNFILLED, f'REPOSITORY, REF = "{address.url}", "{address.ref}"', 1)
+    url = address.colab(name)
+    if url:
+        title, _, rest = nb.cells[0].source.partition("\n")
+        nb.cells[0].source = f"{title}\n\n[![Open in Colab]({badge})]({url})\n{rest}"
+    return nb
+
+
+def clean(nb: NotebookNode) -> NotebookNode:
+    """Make an executed notebook fit to be published.
+
+    Drops papermill's paths and time stamps and whatever would be a dead control without a kernel; hides papermill's
+    cell of parameters where it repeats the defaults.
+    """
+    nb.metadata.pop("papermill", None)
+    nb.metadata.pop("widgets", None)
+    defaults: dict[str, Any] = {}
+    for cell in nb.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            defaults = runs.literals(cell.source) or {}
+        if "injected-parameters" in tags:
+            given = runs.literals(cell.source) or {}
+            if all(name in defaults and defaults[name] == value for name, value in given.items()):
+                cell.metadata["tags"] = [*tags, "remove-cell"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return nb
+
+
+def digest(*paths: Path) -> str:
+    """Hash of files and of everything in folders, except caches of Python."""
+    sha = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                sha.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode())
+                sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def depends_on(name: str, profile: str) -> str:
+    """Hash of what a notebook's outputs depend on, except the recorded results, which it may write itself."""
+    files = digest(NOTEBOOKS / f"{name}.ipynb", NOTEBOOKS / "profiles" / profile, ROOT / "bilevel_core")
+    packages = sorted(f"{d.name}={d.version}" for d in importlib.metadata.distributions())
+    rest = [sys.version, *packages, os.environ.get("BILEVEL_DATA", "")]
+    return hashlib.sha256("\n".join([files, *rest]).encode()).hexdigest()
+
+
+def execute(name: str, profile: str, out: Path, force: bool) -> tuple[Path, float, bool]:
+    """Execute a notebook with a profile, or re-use what an earlier build made of the same inputs.
+
+    Returns the executed notebook, the seconds it took when it was executed, and whether it was re-used.
+    Raises BuildError with the cell, its error and the place of the partly executed notebook.
+    """
+    source, values = NOTEBOOKS / f"{name}.ipynb", NOTEBOOKS / "profiles" / profile / f"{name}.yaml"
+    done, record, partial = (out / f"{name}{end}" for end in (".ipynb", ".json", ".partial.ipynb"))
+    if not values.is_file():
+        raise BuildError(f"{name} has no parameters for this profile: {values.relative_to(ROOT)} is missing")
+    inputs = depends_on(name, profile)
+    if not force and done.is_file() and record.is_file():
+        known = json.loads(record.read_text())
+        if known["key"] == [inputs, digest(ROOT / "book" / "results"), digest(done)]:
+            return done, known["seconds"], True
+    out.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    begin = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(partial),
+            parameters=yaml.safe_load(values.read_text()),
+            kernel_name="python3",
+            language="python",
+            cwd=str(NOTEBOOKS),
+            progress_bar=False,
+            log_output=False,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise BuildError(describe(name, error, partial)) from None
+    except Exception as error:  # a kernel that died, a parameter papermill cannot pass
+        where = f"\nThe notebook so far: {partial}" if partial.is_file() else ""
+        raise BuildError(f"{name} failed outside its cells: {type(error).__name__}: {error}{where}") from error
+    seconds = time.perf_counter() - begin
+    nb = clean(nbformat.read(partial, as_version=4))
+    runs.write_atomic(done, nbformat.writes(nb).encode())
+    partial.unlink()
+    key = [inputs, digest(ROOT / "book" / "results"), digest(done)]
+    runs.write_atomic(record, json.dumps({"key": key, "seconds": seconds}).encode())
+    return done, seconds, False
+
+
+def describe(name: str, error: papermill.PapermillExecutionError, partial: Path) -> str:
+    """A failed cell for a person: which one, how it begins, what it raised, where to look."""
+    lines = error.source.strip().splitlines()
+    head = "\n".join(f"    {line}" for line in lines[:8]) + ("\n    ..." if len(lines) > 8 else "")
+    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
+    tail = "\n".join(f"    {line}" for line in trace[-20:])
+    return (
+        f"notebooks/{name}.ipynb failed in code cell [{error.exec_count}], which begins\n{head}\n"
+        f"with {error.ename}: {error.evalue}\n{tail}\nThe notebook so far: {partial}"
+    )
+
+
+# ---------------------------------------------------------------- the site
+
+
+def times_table(status: dict[str, Any]) -> str:
+    """Markdown: how long each notebook of this build took, and on what."""
+    hardware, versions = status["hardware"], status["versions"]
+    gpu = hardware["gpu"] or "no GPU"
+    rows = [f"| {name} | {took:.0f} s |" for name, took in status["seconds"].items()]
+    total = sum(status["seconds"].values())
+    return "\n".join(
+        [
+            f"Profile **{status['profile']}**, on {hardware['cpu']} ({hardware['cores']} cores), {gpu}; "
+            f"Python {versions['python']}, torch {versions['torch']}.",
+            "",
+            "| Notebook | Time |",
+            "|---|---:|",
+            *rows,
+            f"| all | {total:.0f} s |",
+        ]
+    )
+
+
+def stage(src: Path, config: dict[str, Any], executed: dict[str, Path], address: Address | None, times: str) -> None:
+    """Lay out in `src` everything that Jupyter Book reads."""
+    shutil.rmtree(src, ignore_errors=True)
+    (src / "notebooks").mkdir(parents=True)
+    shutil.copytree(ROOT / "book", src / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__", "results"))
+    for page in (src / "book").rglob("*.md"):
+        page.write_text(page.read_text(encoding="utf-8").replace(TIMES, times), encoding="utf-8")
+    for name, path in executed.items():
+        nb = dress(nbformat.read(path, as_version=4), name, address, SITE_BADGE)
+        nbformat.write(nb, src / "notebooks" / f"{name}.ipynb")
+    shutil.copy(ROOT / "_toc.yml", src)
+    vendor_mathjax(src / "_vendor" / "jslib" / "mathjax")
+    config = {**config, "repository": {"url": address.url if address else "", "branch": "colab"}}
+    if address is None or address.colab("") is None:
+        config.pop("launch_buttons", None)
+    else:
+        config["repository"]["branch"] = address.branch
+        config["html"] = {**config.get("html", {}), "use_repository_button": True}
+    (src / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def vendor_mathjax(target: Path) -> None:
+    """Copy MathJax 3 from the installed package sphinx-mathjax-offline: mathematics renders without a network."""
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or spec.origin is None:
+        raise BuildError("the package sphinx-mathjax-offline is not installed: pip install -e '.[book]'")
+    mathjax = Path(spec.origin).parent / "static" / "mathjax"
+    for part in MATHJAX_PARTS:
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy
+        copy(mathjax / part, target / part)
+
+
+def build_site(src: Path, site: Path) -> Path:
+    """Run Jupyter Book with warnings as errors; the site that was there stays until the new one is complete."""
+    fresh = site.with_name("site-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    log = site.with_name("jupyter-book.log")
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [jupyter_book, "build", "-W", "-n", "--keep-going", "--path-output", fresh, src]
+    with log.open("w") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=src.parent).returncode
+    html = fresh / "_build" / "html"
+    if code or not (html / "index.html").is_file():
+        text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text())
+        warnings = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|CRITICAL", line)]
+        shown = "\n".join(warnings or text.splitlines()[-40:])
+        raise BuildError(f"Jupyter Book found problems (all of its output: {log}):\n{shown}")
+    shutil.rmtree(site, ignore_errors=True)
+    fresh.rename(site)
+    return site / "_build" / "html" / "index.html"
+
+
+# ---------------------------------------------------------------- the two commands
+
+
+def build(profile: str, force: bool = False) -> Path:
+    """Build the book at a profile; returns its first page."""
+    begin = time.perf_counter()
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    names = chapters(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
+    address = find_address(config)
+    if address is None:
+        print("No public address is set (_config.yml, repository: url): the site shows no Colab badges or buttons.")
+    elif address.colab("") is None:
+        print(f"{address.url} is not on GitHub, where Colab reads from: the site shows no Colab badges or buttons.")
+    else:
+        print(f"Colab badges and set-up cells point to {address.url} at {address.ref[:12]}.")
+    out = ROOT / "_build" / profile
+    os.environ["BILEVEL_STATIC"] = "1"  # the notebooks' explorers emit pages that work without a kernel
+    os.environ["BILEVEL_ROOT"] = str(ROOT)
+    os.environ.pop("BILEVEL_COLAB", None)
+    executed: dict[str, Path] = {}
+    seconds: dict[str, float] = {}
+    width = max(map(len, names), default=0)
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {name:<{width}}  {profile:<5} ", end="", flush=True)
+        try:
+            executed[name], seconds[name], reused = execute(name, profile, out / "executed", force)
+        except BuildError:
+            print("FAILED", flush=True)
+            raise
+        print(f"{seconds[name]:7.1f} s{'  (reused)' if reused else ''}", flush=True)
+    status = {
+        "profile": profile,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": address.ref if address else None,
+        "seconds": {name: round(took, 1) for name, took in seconds.items()},
+        "versions": runs.versions() | {p: importlib.metadata.version(p) for p in ("papermill", "jupyter-book")},
+        "hardware": runs.hardware(),
+    }
+    print("site  ", end="", flush=True)
+    site_begin = time.perf_counter()
+    stage(out / "src", config, executed, address, times_table(status))
+    try:
+        page = build_site(out / "src", out / "site")
+    except BuildError:
+        print("FAILED", flush=True)
+        raise
+    status["site_seconds"] = round(time.perf_counter() - site_begin, 1)
+    runs.write_atomic(out / "status.json", json.dumps(status, indent=1).encode())
+    print(f"{status['site_seconds']:.1f} s; in all {time.perf_counter() - begin:.1f} s")
+    print(f"Open {page.as_uri()}")
+    return page
+
+
+def export_colab(folder: Path) -> None:
+    """Write the notebooks as Colab opens them: clean, with the address and commit filled in and the badge in place."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    address = find_address(config)
+    if address is None:
+        raise BuildError("no public address is set: put it into _config.yml, repository: url")
+    names = chapters(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        nb = dress(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), name, address, COLAB_BADGE)
+        runs.write_atomic(folder / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
+    listing = "\n".join(f"- [{name}]({address.colab(name) or f'notebooks/{name}.ipynb'})" for name in names)
+    readme = (
+        f"# Notebooks of the book, for Colab\n\nWritten by the workflow that publishes the book, from commit "
+        f"{address.ref} of {address.url}; do not edit them here. Each clones that commit when it runs.\n\n{listing}\n"
+    )
+    runs.write_atomic(folder / "README.md", readme.encode())
+    print(f"{len(names)} notebooks for {address.url} at {address.ref} in {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=runs.PROFILES, default="quick", help="parameters of the notebooks")
+    parser.add_argument("--force", action="store_true", help="execute every notebook again")
+    parser.add_argument("--export-colab", metavar="DIR", type=Path, help="only write the notebooks for Colab")
+    options = parser.parse_args(argv)
+    try:
+        if options.export_colab:
+            export_colab(options.export_colab)
+        else:
+            build(options.profile, options.force)
+    except BuildError as error:
+        print(f"\nbuild failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
