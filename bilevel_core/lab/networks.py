@@ -1,0 +1,196 @@
+"""Denoisers (diffusers' UNet2DModel behind a thin wrapper) and the classifiers whose features measure samples."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# ---------------------------------------------------------------- denoisers
+
+# Side of the image, channels per level, and how many pixels are folded into channels first.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"side": 8, "channels": (16, 32), "fold": 1},
+    "small": {"side": 8, "channels": (32, 32), "fold": 1},
+    "mnist28": {"side": 28, "channels": (16, 32, 32), "fold": 1},
+    "mnist28_folded": {"side": 28, "channels": (32, 64), "fold": 2},
+}
+
+
+class Denoiser(nn.Module):
+    """A denoiser `eps_hat = denoiser(x, t)` around diffusers' `UNet2DModel`.
+
+    size        one of SIZES
+    prediction  what the network's output means: "eps" (noise) or "x0" (clean image, turned into eps with `abar`)
+    abar        (T+1,), needed for prediction="x0"
+    seed        of the initial weights; torch's global generator is left as it was
+    x is (B, 1, side, side); t an int or (B,) int64, values 1..T: the U-Net gets t - 1, as diffusers counts.
+    No attention: forward-mode derivatives (`torch.func.jvp`) go through.
+    """
+
+    def __init__(
+        self, size: str = "small", *, prediction: str = "eps", abar: Tensor | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        if prediction not in ("eps", "x0"):
+            raise ValueError(f"prediction {prediction!r} is not 'eps' or 'x0'")
+        if prediction == "x0" and abar is None:
+            raise ValueError("prediction = 'x0' needs abar, the schedule that turns the estimate into noise")
+        shape = SIZES[size]
+        self.size, self.prediction = size, prediction
+        self.side, self.fold = shape["side"], shape["fold"]
+        levels, inputs = len(shape["channels"]), self.fold**2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.unet = UNet2DModel(
+                sample_size=self.side // self.fold,
+                in_channels=inputs,
+                out_channels=inputs,
+                block_out_channels=shape["channels"],
+                down_block_types=("DownBlock2D",) * levels,
+                up_block_types=("UpBlock2D",) * levels,
+                layers_per_block=1,
+                norm_num_groups=8,
+                add_attention=False,
+            )
+        # Not a parameter: the schedule may itself be learned, and set anew (`denoiser.abar = ...`) at every step.
+        self.abar = abar
+
+    def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        if x.shape[1:] != (1, self.side, self.side):
+            raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
+        folded = functional.pixel_unshuffle(x, self.fold)
+        output = functional.pixel_shuffle(self.unet(folded, t - 1).sample, self.fold)
+        if self.prediction == "eps":
+            return output
+        abar_t = torch.as_tensor(self.abar, device=x.device)[t].reshape(-1, 1, 1, 1)
+        return (x - abar_t.sqrt().to(x.dtype) * output) / (1 - abar_t).sqrt().to(x.dtype)
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+class _Classifier(nn.Module):
+    """Convolutions, a linear map to `num_features` features, SiLU, a linear map to 10 logits.
+
+    Smooth throughout, and the features are taken before the SiLU: a Gaussian fits them better than rectified ones,
+    their covariance has full rank, and gradients with respect to the image exist everywhere.
+    """
+
+    side: int
+    num_features: int
+
+    def __init__(self, body: nn.Sequential, body_features: int) -> None:
+        super().__init__()
+        self.body = body
+        self.to_features = nn.Linear(body_features, self.num_features)
+        self.to_logits = nn.Linear(self.num_features, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, num_features) of images (n, 1, side, side) in [-1, 1]."""
+        if images.shape[1:] != (1, self.side, self.side):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, but this classifier takes (n, 1, {self.side}, {self.side})"
+            )
+        return self.to_features(self.body(images).flatten(1))
+
+    def head(self, features: Tensor) -> Tensor:
+        """(n, 10) logits of features (n, num_features)."""
+        return self.to_logits(functional.silu(features))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 10) logits of images (n, 1, side, side) in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+def _block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+class Classifier28(_Classifier):
+    """For 28x28 images; 64 features."""
+
+    side, num_features = 28, 64
+
+    def __init__(self) -> None:
+        blocks = _block(1, 16, stride=2, kernel=5), _block(16, 32, stride=2), _block(32, 64), _block(64, 64, stride=2)
+        super().__init__(nn.Sequential(*blocks), 64 * 4 * 4)
+
+
+class Classifier8(_Classifier):
+    """For MNIST padded to 32x32 and averaged to 8x8; 32 features."""
+
+    side, num_features = 8, 32
+
+    def __init__(self) -> None:
+        blocks = _block(1, 32), _block(32, 64, stride=2), _block(64, 64)
+        super().__init__(nn.Sequential(*blocks), 64 * 4 * 4)
+
+
+CLASSIFIERS: dict[str, type[_Classifier]] = {"mnist28": Classifier28, "mnist8": Classifier8}
+
+
+def load_classifier(name: str) -> _Classifier:
+    """The shipped classifier "mnist28" or "mnist8", frozen, in eval mode, on the CPU in float32.
+
+    Raises ValueError where its weights are not those whose SHA-256 the card records.
+    """
+    from safetensors.torch import load
+
+    classifier = CLASSIFIERS[_known(name)]()
+    classifier.load_state_dict(load(_shipped(name, f"classifier_{name}.safetensors")))
+    return classifier.eval().requires_grad_(False)
+
+
+def classifier_card(name: str) -> dict[str, Any]:
+    """How a shipped classifier was made: configuration, log of the losses, accuracies, hashes, provenance."""
+    return json.loads(_weights().joinpath(f"classifier_{_known(name)}.json").read_text(encoding="utf-8"))
+
+
+def reference_features(name: str, split: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Features (n, num_features) that a shipped classifier gives to MNIST's "train", "val" or "test" split.
+
+    Stored in half precision, returned as `dtype`; in the order of `data.load`. Raises ValueError for a damaged file.
+    """
+    return _reference(name, split)["features"].to(dtype)
+
+
+def reference_labels(name: str, split: str) -> Tensor:
+    """The labels (n,) int64 that go with `reference_features`."""
+    return _reference(name, split)["labels"].long()
+
+
+def _reference(name: str, split: str) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is not one of train, val, test")
+    return load(_shipped(_known(name), f"features_{name}_{split}.safetensors"))
+
+
+def _known(name: str) -> str:
+    if name not in CLASSIFIERS:
+        raise ValueError(f"classifier {name!r} is not one of {', '.join(CLASSIFIERS)}")
+    return name
+
+
+def _weights():
+    return importlib.resources.files("bilevel_core.lab") / "weights"
+
+
+def _shipped(name: str, file: str) -> bytes:
+    """The bytes of a shipped file, checked against the SHA-256 in the card of classifier `name`."""
+    data, expected = _weights().joinpath(file).read_bytes(), classifier_card(name)["sha256"][file]
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(f"shipped file {file} was altered (its SHA-256 is not {expected}): install the package again")
+    return data
