@@ -30,7 +30,7 @@ def timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
     elif spacing == "leading":
         grid = [1 + i * (T // steps) for i in reversed(range(steps))]
     elif spacing == "linspace":
-        grid = [T] if steps == 1 else [round(1 + i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
+        grid = [T] if steps == 1 else [1 + round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
     else:
         raise ValueError(f"spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
     return grid

@@ -7,7 +7,7 @@ v = (w + epsilon) / (1 + epsilon):
     sigmoid  F = sigmoid((1 - w)/tau + epsilon)
     linear   F = exp(-tau (0.1 v + 19.9 v^2 / 2))          beta linear in time, as in DDPM
 
-    released     beta_t = clip(1 - F(t/T)/F((t-1)/T), 0, 0.999)
+    released     beta_t = clip(1 - F(t/T)/F((t-1)/T), 1e-12, 0.999)
     normalised   the same after F(u) <- (F(u) - F(1))/(F(0) - F(1)), so that the end points are exact
                  (Chen, arXiv 2301.10972)
 
@@ -37,7 +37,7 @@ BOUNDS = {  # admissible ranges; besides, end - start >= GAP and abar_T >= MIN_A
 GAP = 0.05  # smallest end - start
 MIN_ABAR = 1e-10  # smallest abar_T: below it 1/sqrt(abar_T) amplifies the first sampling step beyond float32
 TERMINAL_ABAR = 1e-3  # above it a start at N(0, I) is visibly wrong (arXiv 2305.08891)
-MAX_BETA = 0.999
+MIN_BETA, MAX_BETA = 1e-12, 0.999  # above 0 (the released floor), so that abar falls strictly
 
 
 def log_curve(u: Tensor, q: Tensor, kind: str = "cosine") -> Tensor:
@@ -65,7 +65,7 @@ def betas(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Te
     q     (4,)  start, end, tau, epsilon (see `check` for the admissible set)
     T     number of steps, >= 2
     form  "released" or "normalised"
-    Returns float64 (T,) in [0, 0.999]. Raises ValueError for an unknown kind or form, or T < 2.
+    Returns float64 (T,) in [1e-12, 0.999]. Raises ValueError for an unknown kind or form, or T < 2.
     """
     _check_names(T, kind, form)
     u = torch.arange(T + 1, dtype=torch.float64, device=q.device) / T
@@ -75,8 +75,8 @@ def betas(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Te
         log_f = log_f[:-1] + torch.log(above.clamp(min=1e-300))
         ratio = torch.expm1(log_f[1:] - log_f[:-1])
         last = torch.ones(1, dtype=ratio.dtype, device=q.device)  # F_T = 0 there, so beta_T = 1 before the clip
-        return torch.cat([-ratio, last]).clamp(0, MAX_BETA)
-    return (-torch.expm1(log_f[1:] - log_f[:-1])).clamp(0, MAX_BETA)
+        return torch.cat([-ratio, last]).clamp(MIN_BETA, MAX_BETA)
+    return (-torch.expm1(log_f[1:] - log_f[:-1])).clamp(MIN_BETA, MAX_BETA)
 
 
 def abar(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Tensor:

@@ -1,0 +1,204 @@
+"""The tables that the book prints, to the digits printed, and each closed form against an independent computation."""
+
+import pytest
+import torch
+from scipy import integrate, optimize, stats
+
+from bilevel_core import estimators, oracles, schedules
+
+MIXTURE = oracles.Mixture1D()
+PROBLEM = MIXTURE.problem()
+
+# gamma, lam, L_gamma, dL_gamma (A), hypergradient (C), the released code's "est1"
+TABLE = [
+    (1, 0.5, 0.9443, -1.32472, -6.21693, 3.13950),
+    (10, 0.5, 1.9608, -4.85150, -6.21693, 1.10637),
+    (10, 2.0, 1.2265, 0.34521, 0.34406, 0.64373),
+    (1000, 0.5, 2.2439, -6.20023, -6.21693, 0.54026),
+    (1000, 1.0, 1.1200, -0.46848, -0.46938, 1.39405),
+    (1000, 2.0, 1.2867, 0.34408, 0.34406, 0.61363),
+]
+
+
+@pytest.mark.parametrize("gamma, lam, penalty, grad, hypergrad, est1", TABLE)
+def test_entropy_strength_table(gamma, lam, penalty, grad, hypergrad, est1):
+    assert PROBLEM.penalty(lam, gamma).item() == pytest.approx(penalty, abs=6e-5)
+    assert PROBLEM.penalty_grad(lam, gamma).item() == pytest.approx(grad, abs=6e-6)
+    assert PROBLEM.hypergrad(lam).item() == pytest.approx(hypergrad, abs=6e-6)
+    log_ratio = PROBLEM.logits(lam, gamma).logsumexp(-1) - PROBLEM.logits(lam).logsumexp(-1)
+    released = -PROBLEM.mean(PROBLEM.log_p0, PROBLEM.r_up) / lam + gamma * log_ratio
+    assert released.item() == pytest.approx(est1, abs=6e-6)
+
+
+def test_optimum_and_roots():
+    def root(slope):
+        return optimize.brentq(slope, 0.3, 5, xtol=1e-10)
+
+    best = root(lambda lam: PROBLEM.hypergrad(lam).item())
+    assert best == pytest.approx(1.20841, abs=6e-6)
+    assert PROBLEM.value(best).item() == pytest.approx(1.07781, abs=6e-6)
+    assert PROBLEM.value(1e9).item() == pytest.approx(2.5140, abs=6e-5)
+    for gamma, expected in [(1, 1.0907), (10, 1.1931), (1000, 1.2082)]:
+        found = root(lambda lam, gamma=gamma: PROBLEM.penalty_grad(lam, gamma).item())
+        assert found == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize("lam", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("gamma", [1.0, 100.0])
+def test_gradients_are_derivatives(lam, gamma):
+    h = 1e-5 * lam
+    slope = (PROBLEM.penalty(lam + h, gamma) - PROBLEM.penalty(lam - h, gamma)) / (2 * h)
+    assert PROBLEM.penalty_grad(lam, gamma).item() == pytest.approx(slope.item(), rel=1e-6)
+    slope = (PROBLEM.value(lam + h) - PROBLEM.value(lam - h)) / (2 * h)
+    assert PROBLEM.hypergrad(lam).item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+def test_penalty_bias_is_variance_over_two_gamma_lam():
+    lam, p = 0.8, PROBLEM.p_gamma(0.8)
+    variance = PROBLEM.mean(p, PROBLEM.r_up**2) - PROBLEM.mean(p, PROBLEM.r_up) ** 2
+    for gamma, tolerance in [(1e3, 1e-2), (1e5, 1e-3)]:
+        bias = PROBLEM.value(lam) - PROBLEM.penalty(lam, gamma)
+        assert (bias * 2 * gamma * lam / variance).item() == pytest.approx(1, abs=tolerance)
+
+
+@pytest.mark.parametrize("lam", [0.02, 0.5, 50.0])
+def test_quadrature_tilts_are_the_closed_form_mixture(lam):
+    x, _ = MIXTURE.quadrature()
+    exact, p = MIXTURE.tilt(1 / lam), PROBLEM.p_gamma(lam)
+    w, m, s = (torch.tensor(v, dtype=torch.float64) for v in (exact.weights, exact.means, exact.stds))
+    assert (p.exp() * x).sum().item() == pytest.approx((w * m).sum().item(), rel=1e-10)
+    assert (p.exp() * x**2).sum().item() == pytest.approx((w * (m**2 + s**2)).sum().item(), rel=1e-10)
+    curved = MIXTURE.tilt(1 / lam, -0.5 / lam)  # (r_up/gamma + r_low)/lam at gamma = 2, r_up = -x^2/2
+    p = oracles.Tilt(-(x**2) / 2, x, MIXTURE.quadrature()[1]).p_gamma(lam, 2.0)
+    mean = sum(a * b for a, b in zip(curved.weights, curved.means, strict=True))
+    assert (p.exp() * x).sum().item() == pytest.approx(mean, rel=1e-9, abs=1e-9)
+    with pytest.raises(ValueError, match="curvature = 1.3 must be below"):
+        MIXTURE.tilt(0, 1.3)
+
+
+def test_mixture_density_samples_and_denoiser():
+    assert integrate.quad(lambda x: MIXTURE.log_prob(x).exp().item(), -12, 12)[0] == pytest.approx(1, abs=1e-8)
+    draws = MIXTURE.sample(20_000, torch.Generator().manual_seed(0))
+
+    def cdf(x):
+        return 0.6 * stats.norm.cdf(x, -1.5, 0.7) + 0.4 * stats.norm.cdf(x, 1.5, 0.9)
+
+    assert stats.kstest(draws.numpy(), cdf).pvalue > 1e-3
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 50)
+    for t in (1, 20, 50):  # score = -eps_hat/sqrt(1 - abar) by finite differences of the diffused density
+        a = abar[t].item()
+        stds = tuple((a * s**2 + 1 - a) ** 0.5 for s in MIXTURE.stds)
+        diffused = oracles.Mixture1D(MIXTURE.weights, tuple(a**0.5 * m for m in MIXTURE.means), stds)
+        x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+        score = (diffused.log_prob(x + 1e-5) - diffused.log_prob(x - 1e-5)) / 2e-5
+        torch.testing.assert_close(MIXTURE.denoiser(abar)(x, t), -((1 - a) ** 0.5) * score, rtol=1e-6, atol=1e-8)
+
+
+def test_gaussian_tilt_and_denoiser():
+    law = oracles.Gaussian(
+        torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+    )
+    slope, lam = torch.tensor([0.7, -1.0], dtype=torch.float64), 0.4
+    tilted = law.tilt(slope, lam)
+
+    def log_density(gaussian):
+        return torch.distributions.MultivariateNormal(gaussian.mean, gaussian.cov).log_prob
+
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ratio = log_density(tilted)(x) - log_density(law)(x) - x @ slope / lam
+    torch.testing.assert_close(ratio, ratio[:1].expand(9))  # p_star is p_0 exp(r/lam) up to a constant
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.MultivariateNormal(tilted.mean, tilted.cov),
+        torch.distributions.MultivariateNormal(law.mean, law.cov),
+    )
+    torch.testing.assert_close(law.kl_tilt(slope, lam), kl)
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 50)
+    x.requires_grad_()
+    a = abar[20]
+    diffused = oracles.Gaussian(a.sqrt() * law.mean, a * law.cov + (1 - a) * torch.eye(2))
+    (score,) = torch.autograd.grad(log_density(diffused)(x).sum(), x)
+    torch.testing.assert_close(law.denoiser(abar)(x, 20), -(1 - a).sqrt() * score)
+
+
+# gamma: penalty gradient in (start, end, tau, epsilon); T = 50, s = 0.5, q = (0, 1, 1, 0.008)
+SCHEDULE_TABLE = {
+    1e4: (0.0011, -0.0168, -0.0005, 0.0011),
+    1e5: (0.0080, -0.0880, -0.0023, 0.0079),
+    1e6: (0.0196, -0.0581, 0.0007, 0.0195),
+    1e7: (0.0229, -0.0013, 0.0034, 0.0227),
+    1e8: (0.0233, 0.0072, 0.0038, 0.0231),
+    1e9: (0.0233, 0.0081, 0.0038, 0.0231),
+}
+SCHEDULE = oracles.LinearGaussianSchedule()
+Q = torch.tensor([0.0, 1.0, 1.0, 0.008], dtype=torch.float64)
+
+
+def penalty_grad(q, gamma):
+    return estimators.penalty_grad(SCHEDULE, q, SCHEDULE.solve_star(q), SCHEDULE.solve_gamma(q, gamma), gamma)[0]
+
+
+def hypergrad(q):
+    return torch.func.grad(SCHEDULE.value)(q)
+
+
+def test_schedule_hypergradient():
+    assert SCHEDULE.value(Q).item() == pytest.approx(0.00535207, abs=6e-9)
+    torch.testing.assert_close(
+        hypergrad(Q), torch.tensor([0.0233, 0.0082, 0.0038, 0.0231], dtype=torch.float64), rtol=0, atol=6e-5
+    )
+
+
+@pytest.mark.parametrize("gamma", SCHEDULE_TABLE)
+def test_schedule_gamma_table(gamma):
+    expected = torch.tensor(SCHEDULE_TABLE[gamma], dtype=torch.float64)
+    torch.testing.assert_close(penalty_grad(Q, gamma), expected, rtol=0, atol=6e-5)
+
+
+def test_how_large_gamma_must_be_depends_on_the_last_signal():
+    q = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64)
+    assert (penalty_grad(q, 1e3) / hypergrad(q) - 1).abs().max() < 0.065
+    q = torch.tensor([0.0, 0.8, 1.0, 0.008], dtype=torch.float64)
+    assert (penalty_grad(q, 10.0) * hypergrad(q) > 0).all()
+    shrunk = hypergrad(q) / penalty_grad(q, 1.0)
+    assert (shrunk.abs() > 4).all()
+
+
+def test_schedule_gradients_are_derivatives():
+    q, gamma = torch.tensor([0.05, 0.85, 1.1, 0.02], dtype=torch.float64), 300.0
+
+    def penalised(q):
+        a = SCHEDULE.solve_gamma(q, gamma)
+        return SCHEDULE.f(q, a) + gamma * (SCHEDULE.g(q, a) - SCHEDULE.g(q, SCHEDULE.solve_star(q)))
+
+    for i, h in enumerate(1e-5 * torch.eye(4, dtype=torch.float64)):
+        slope = (SCHEDULE.value(q + h) - SCHEDULE.value(q - h)) / 2e-5
+        assert hypergrad(q)[i].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-10)
+        slope = (penalised(q + h) - penalised(q - h)) / 2e-5
+        assert penalty_grad(q, gamma)[i].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-8)
+
+
+def test_the_linear_denoiser_is_optimal_and_f_is_the_sampled_distance():
+    from bilevel_core import samplers
+
+    q = torch.tensor([0.05, 0.85, 1.1, 0.02], dtype=torch.float64)
+    a = SCHEDULE.solve_star(q).requires_grad_()
+    (slope,) = torch.autograd.grad(SCHEDULE.g(q, a), a)
+    assert slope.abs().max() < 1e-12
+    a = a.detach()
+    x = samplers.sample_ddim(lambda x, t: a[t - 1] * x, torch.ones(1, dtype=torch.float64), SCHEDULE.abar(q), SCHEDULE.ts)
+    assert ((x.abs() - SCHEDULE.s) ** 2).item() == pytest.approx(SCHEDULE.f(q, a).item(), rel=1e-10)
+
+
+def test_bad_input():
+    r = torch.zeros(3)
+    with pytest.raises(ValueError, match="must be vectors of one length"):
+        oracles.Tilt(r, torch.zeros(4))
+    with pytest.raises(ValueError, match="must be finite"):
+        oracles.Tilt(r, torch.tensor([0.0, float("nan"), 1.0]))
+    for lam, gamma in [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)]:
+        with pytest.raises(ValueError, match="must be positive"):
+            PROBLEM.p_gamma(lam, gamma)
+    with pytest.raises(ValueError, match="must have one length"):
+        oracles.Mixture1D((0.5, 0.5), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match="stds be positive"):
+        oracles.Mixture1D((1.0,), (0.0,), (0.0,))

@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel_core import schedules
+
+Q = {kind: torch.tensor(q, dtype=torch.float64) for kind, q in schedules.DEFAULT_Q.items()}
+
+
+def by_hand(u, q, kind):
+    """F(u) straight from its definition, as an independent check."""
+    start, end, tau, epsilon = q
+    w = u * (end - start) + start
+    v = (w + epsilon) / (1 + epsilon)
+    if kind == "cosine":
+        return max(0.0, math.cos(v * math.pi / 2)) ** (2 * tau)
+    if kind == "sigmoid":
+        return 1 / (1 + math.exp(-((1 - w) / tau + epsilon)))
+    return math.exp(-tau * (0.1 * v + 19.9 * v**2 / 2))
+
+
+@pytest.mark.parametrize("kind", schedules.KINDS)
+@pytest.mark.parametrize("form", schedules.FORMS)
+@pytest.mark.parametrize("shift", [0.0, 0.03])
+def test_abar_follows_its_definition(kind, form, shift):
+    T, q = 40, (Q[kind] + torch.tensor([shift, -shift, shift, shift])).tolist()
+    F = [by_hand(t / T, q, kind) for t in range(T + 1)]
+    if form == "normalised":
+        F = [(f - F[-1]) / (F[0] - F[-1]) for f in F]
+    abar = [1.0]
+    for t in range(1, T + 1):
+        abar.append(abar[-1] * (1 - min(max(1 - F[t] / F[t - 1], 0), 0.999)))
+    ours = schedules.abar(torch.tensor(q, dtype=torch.float64), T, kind, form)
+    torch.testing.assert_close(ours, torch.tensor(abar, dtype=torch.float64), rtol=1e-10, atol=1e-14)
+
+
+def test_linear_is_the_ddpm_schedule():
+    """Ho et al. let beta rise linearly from 1e-4 to 0.02 in 1000 steps; ours integrates the same line."""
+    ddpm = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    ours = schedules.betas(Q["linear"], 1000, "linear")
+    assert (ours - ddpm).abs().max() < 3e-4
+    assert schedules.abar(Q["linear"], 1000, "linear")[-1].item() == pytest.approx(4.3e-5, rel=0.02)
+
+
+def test_default_cosine_ends_where_the_clip_leaves_it():
+    abar = schedules.abar(Q["cosine"], 1000)
+    assert abar[-1].item() == pytest.approx(2.4288e-9, rel=1e-4)
+    assert abar[-1].item() == pytest.approx(1e-3 * abar[-2].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", schedules.KINDS)
+@pytest.mark.parametrize("form", schedules.FORMS)
+def test_gradcheck(kind, form):
+    q = (Q[kind] + torch.tensor([0.05, -0.1, 0.1, 0.05])).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: schedules.abar(q, 30, kind, form), q, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda q: schedules.log_snr(schedules.abar(q, 30, kind, form)[1:]), q, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", schedules.KINDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_admissible_q_is_finite_with_gradient(kind, data):
+    raw = [data.draw(st.floats(low - 1, high + 1)) for low, high in schedules.BOUNDS[kind]]
+    form, T = data.draw(st.sampled_from(schedules.FORMS)), data.draw(st.sampled_from([2, 50, 1000]))
+    margin = data.draw(st.sampled_from([0.0, 0.01]))
+    try:
+        q = schedules.project(torch.tensor(raw, dtype=torch.float64), T, kind, form, margin)
+    except ValueError as error:
+        assert "no end gives" in str(error)
+        return
+    schedules.check(q, T, kind, form)
+    torch.testing.assert_close(schedules.project(q, T, kind, form, margin), q, rtol=0, atol=1e-12)
+    q.requires_grad_()
+    abar = schedules.abar(q, T, kind, form)
+    (grad,) = torch.autograd.grad(abar.sum() + schedules.log_snr(abar[1:]).sum(), q)
+    assert torch.isfinite(abar).all() and torch.isfinite(grad).all()
+    assert (abar[1:] < abar[:-1]).all() and abar[-1] >= schedules.MIN_ABAR * (1 - 1e-9)
+
+
+def test_the_released_zero_over_zero_is_gone():
+    """end - start > 1 gave F_t = F_{t-1} = 0: NaN in the released code, a finite schedule and a clear error here."""
+    q = torch.tensor([0.0, 1.3, 1.0, 0.008], dtype=torch.float64, requires_grad=True)
+    abar = schedules.abar(q, 1000)
+    (grad,) = torch.autograd.grad(abar.sum(), q)
+    assert torch.isfinite(abar).all() and torch.isfinite(grad).all()
+    with pytest.raises(ValueError, match=r"end = 1.3 is outside \[0, 1\]"):
+        schedules.check(q, 1000)
+    assert schedules.project(q, 1000)[1] <= 1
+
+
+@pytest.mark.parametrize(
+    "q, message",
+    [
+        ((-0.1, 1.0, 1.0, 0.008), r"start = -0.1 is outside \[0, 0.9\]"),
+        ((0.5, 0.5, 1.0, 0.008), "end - start = 0 is below 0.05"),
+        ((0.0, 1.0, float("nan"), 0.008), "tau = nan is outside"),
+        ((0.0, 1.0, 4.0, 0.008), r"abar_T = 3.5e-26 is below 1e-10 at T = 1000: lower end or tau"),
+    ],
+)
+def test_check_names_parameter_value_and_range(q, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.check(torch.tensor(q, dtype=torch.float64), 1000)
+
+
+def test_bad_names_shapes_and_sizes():
+    with pytest.raises(ValueError, match="kind is 'cosin'"):
+        schedules.abar(Q["cosine"], 10, "cosin")
+    with pytest.raises(ValueError, match="form is 'raw'"):
+        schedules.abar(Q["cosine"], 10, "cosine", "raw")
+    with pytest.raises(ValueError, match="T is 1"):
+        schedules.abar(Q["cosine"], 1)
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        schedules.check(Q["cosine"][:3], 10)
+    with pytest.raises(ValueError, match="not finite"):
+        schedules.project(torch.tensor([0, 1, float("inf"), 0]), 10)
+    with pytest.raises(ValueError, match=r"betas must lie in \[0, 1\)"):
+        schedules.abar_from_betas(torch.tensor([0.1, 1.0]))
+
+
+def test_projection_lowers_end_only_when_the_signal_would_vanish():
+    q = torch.tensor([0.0, 1.0, 4.0, 0.008], dtype=torch.float64)
+    new = schedules.project(q, 1000)
+    assert (new[[0, 2, 3]] == q[[0, 2, 3]]).all() and 0.9 < new[1] < 1
+    assert schedules.abar(new, 1000)[-1].item() == pytest.approx(schedules.MIN_ABAR, rel=1e-6)
+    torch.testing.assert_close(schedules.project(Q["cosine"], 1000), Q["cosine"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind, direction", [("cosine", lambda s, e, t, p: [(1 - s) / (1 + p), (1 - e) / (1 + p), 0, -1])]
+)
+def test_the_four_parameters_are_three(kind, direction):
+    """cosine: d/d epsilon = [(1 - start) d/d start + (1 - end) d/d end]/(1 + epsilon)."""
+    q = torch.tensor([0.1, 0.9, 1.2, 0.1], dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda q: schedules.abar(q, 50, kind), q)
+    assert (jacobian @ torch.tensor(direction(*q.tolist()), dtype=torch.float64)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind, rank", [("cosine", 3), ("sigmoid", 2), ("linear", 2)])
+def test_jacobian_rank(kind, rank):
+    q = Q[kind] + torch.tensor([0.1, -0.1, 0.2, 0.1])
+    jacobian = torch.autograd.functional.jacobian(lambda q: schedules.abar(q, 50, kind), q)
+    singular = torch.linalg.svdvals(jacobian)
+    assert singular[rank - 1] > 1e-4 * singular[0] and singular[rank] < 1e-12 * singular[0]
+
+
+def test_terminal_warning_and_remedy():
+    abar = schedules.abar(torch.tensor([0.0, 1.0, 1.0, 0.0]), 1000, "sigmoid")
+    assert 0.5 < abar[-1] < 0.7
+    with pytest.warns(UserWarning, match="N\\(0, I\\) is the wrong start"):
+        assert schedules.check_terminal(abar)
+    mended = schedules.rescale_terminal(abar)
+    assert mended[0] == 1 and mended[-1].item() == pytest.approx(1e-5) and (mended.diff() < 0).all()
+    assert not schedules.check_terminal(mended)
+    assert not schedules.check_terminal(schedules.abar(Q["sigmoid"], 1000, "sigmoid", "normalised"))
+    with pytest.raises(ValueError, match="last = 0 must lie"):
+        schedules.rescale_terminal(abar, 0)
+
+
+def test_noise_has_the_stated_moments_and_broadcasts():
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.full((2, 1, 3, 3), 2.0), torch.randn(2, 1, 3, 3, generator=g)
+    x_t = schedules.noise(x0, eps, torch.tensor([1.0, 0.25]))
+    torch.testing.assert_close(x_t[0], x0[0])
+    torch.testing.assert_close(x_t[1], 0.5 * x0[1] + 0.75**0.5 * eps[1])
+    assert schedules.noise(x0, eps, 0.25).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", schedules.KINDS)
+def test_diffusers_round_trip(kind):
+    from diffusers import DDPMScheduler, EulerDiscreteScheduler
+
+    from bilevel_core.lab import adapters
+
+    abar = schedules.abar(Q[kind], 200, kind)
+    for scheduler in (None, DDPMScheduler):
+        theirs = adapters.to_diffusers(abar, scheduler)
+        torch.testing.assert_close(theirs.alphas_cumprod.double(), abar[1:], rtol=2e-4, atol=1e-12)
+        torch.testing.assert_close(adapters.from_diffusers(theirs), abar, rtol=2e-4, atol=1e-12)
+    bare = EulerDiscreteScheduler()
+    torch.testing.assert_close(adapters.from_diffusers(bare)[1:].float(), bare.alphas_cumprod, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="no table of betas"):
+        adapters.from_diffusers(object())
