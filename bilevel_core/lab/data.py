@@ -108,7 +108,7 @@ def read_idx(path: Path, md5: str | None = None) -> np.ndarray:
         raise ValueError(f"{path} holds {len(data) - start} values where its header {shape} says otherwise: {remedy}")
     if md5 is not None and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
         raise ValueError(f"{path} is corrupt (MD5 of its uncompressed bytes is not {md5}): {remedy}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
 
 
 def _read(folder: Path, file: str, name: str) -> np.ndarray:
