@@ -12,9 +12,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tensors of the tests are small: more threads only wait for one another
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / "_build" / "site" / "_build" / "html"
+SITE = ROOT / "_build" / "smoke" / "site" / "_build" / "html"
 CHROMIUM_FLAGS = [
     "--headless",
     "--no-sandbox",

@@ -1,0 +1,55 @@
+"""Resumable loops: a checkpoint every so often, so that a killed run loses little and ends where it would have."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from . import runs
+
+
+class State(Protocol):
+    """What a loop carries: `step` so far, and the means to save and restore it bit for bit."""
+
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, under flat names."""
+
+    def meta(self) -> dict[str, Any]:
+        """Everything else, ready for JSON."""
+
+    def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Restores both; ValueError if a parameter of the run differs."""
+
+
+def checkpointed(
+    loop: Iterator, state: State, path: str | Path, *, steps: int, every: int = 100, bar: str | None = None
+) -> Iterator:
+    """Yields what `loop` yields, from where the checkpoint at `path` left off, saving `state` on the way.
+
+    loop   a generator that advances `state` in place and reads it only once started (as `train_score` does)
+    steps  the number of the last step, for the progress bar
+    every  steps between checkpoints; one more is written at the end, and when the caller stops early
+    bar    title of a progress bar, None for no bar
+    A run killed at any moment continues with the identical result: checkpoints are replaced as a whole.
+    """
+    from tqdm.auto import tqdm
+
+    path = Path(path)
+    if path.exists():
+        state.load(*runs.load_state(path))
+    saved = state.step
+    progress = tqdm(total=steps, initial=state.step, desc=bar, disable=bar is None, mininterval=1)
+    try:
+        for record in loop:
+            if state.step - saved >= every:
+                runs.save_state(path, state.tensors(), state.meta())
+                saved = state.step
+            progress.update()
+            yield record
+    finally:
+        progress.close()
+        if state.step > saved:
+            runs.save_state(path, state.tensors(), state.meta())
