@@ -190,6 +190,7 @@ def execute(name: str, profile: str, out: Path, force: bool) -> tuple[Path, floa
             cwd=str(NOTEBOOKS),
             progress_bar=False,
             log_output=False,
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel: no advice about its sockets on the terminal
         )
     except papermill.PapermillExecutionError as error:
         raise BuildError(describe(name, error, partial)) from None
