@@ -84,7 +84,7 @@
       return out;
     }
     const raw = (high - low) / room, unit = 10 ** Math.floor(Math.log10(raw));
-    const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= raw * 0.999);
+    const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= raw * 0.85);
     const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
     const out = [];
     for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) {
@@ -132,7 +132,7 @@
       const height = Math.round(Math.min(panel.wide ? 280 : 250, Math.max(190, width * (panel.wide ? 0.42 : 0.64))));
       const [x0, x1] = limits(panel.xlim, series, "x", panel.xlog);
       const [y0, y1] = limits(panel.ylim, series, "y", panel.ylog);
-      const left = 52, right = width - 10, top = 8, bottom = height - 40;
+      const left = 52, right = width - 10, top = 10, bottom = height - 40;
       const scale = (a, b, p, q, log) =>
         log
           ? (value) => (value > 0 ? p + ((Math.log(value) - Math.log(a)) / (Math.log(b) - Math.log(a))) * (q - p) : NaN)
@@ -267,12 +267,15 @@
   function build(root, spec, compute) {
     root.dataset.ready = "1";
     const base = document.querySelectorAll(`[id="${root.id}"]`).length > 1 ? `${root.id}-${Math.random().toString(36).slice(2)}` : root.id;
-    const app = el("div"), bar = el("div", { class: "blx-controls" });
-    if (spec.controls.length < 3) bar.classList.add("blx-few");
+    const app = el("div"), bars = {};
+    for (const type of ["choice", "slider"]) {
+      const count = spec.controls.filter((control) => control.type === type).length;
+      if (count) bars[type] = el("div", { class: type === "slider" && count < 3 ? "blx-controls blx-few" : "blx-controls" });
+    }
     const reset = el("button", { type: "button" }, "Reset");
     const readout = el("div", { class: "blx-readout" }), message = el("div", { class: "blx-message", role: "status" });
     const panels = el("div", { class: "blx-panels" });
-    app.append(el("div", { class: "blx-head" }, rich(el("div", { class: "blx-title" }), spec.title), reset), bar, readout, message, panels);
+    app.append(el("div", { class: "blx-head" }, rich(el("div", { class: "blx-title" }), spec.title), reset), ...Object.values(bars), readout, message, panels);
 
     const values = {}, widgets = {}, memo = {};
     let result = null, pending = 0;
@@ -297,7 +300,7 @@
           request();
         });
         widgets[control.name] = { control, put: (value) => { values[control.name] = select.value = value; applyRanges(control); } };
-        bar.append(el("div", { class: "blx-control" }, el("label", { for: id }, name), select));
+        bars.choice.append(el("div", { class: "blx-control" }, el("div", { class: "blx-row" }, el("label", { for: id }, name)), select));
       } else {
         const input = el("input", { type: "range", id, name: control.name, min: 0, step: 1 }), shown = el("output", { for: id });
         let list = [];
@@ -322,7 +325,7 @@
         });
         widgets[control.name] = { control, put, range };
         range(control);
-        bar.append(el("div", { class: "blx-control" }, el("label", { for: id }, name, shown), input));
+        bars.slider.append(el("div", { class: "blx-control" }, el("div", { class: "blx-row" }, el("label", { for: id }, name), shown), input));
       }
     }
     function applyRanges(choice) {
@@ -343,7 +346,7 @@
       return [panel.id, paint, holder];
     });
 
-    let cells = [];
+    let cells = [], messageWidth = 0, messageHeight = 0;
     function draw() {
       result = compute(values, spec.data, memo);
       for (const [id, paint] of painters) paint(result[id] || []);
@@ -358,7 +361,13 @@
       const text = result.message || "";
       if (message.dataset.text !== text) {
         message.dataset.text = text;
-        rich(message, text);
+        message.classList.toggle("blx-warn", Boolean(result.warn));
+        rich(message, text && (result.warn ? "⚠ " : "✓ ") + text);
+        // never shrinks, so that the plots do not jump while a slider moves across a threshold
+        if (message.offsetWidth !== messageWidth) [messageWidth, messageHeight] = [message.offsetWidth, 0];
+        message.style.minHeight = "0";
+        messageHeight = Math.max(messageHeight, message.offsetHeight);
+        message.style.minHeight = `${messageHeight}px`;
       }
     }
 

@@ -1,0 +1,802 @@
+"""Explorers: figures with sliders, the same in a live kernel and on a page that has none.
+
+An `Explorer` is a list of controls, a list of panels and one function of the controls' values, written twice: in
+Python (`compute`, the package's own code) and in a few lines of JavaScript (`js`). In a live kernel ipywidgets drive
+the Python; in the built book the page carries the JavaScript, with no kernel and no network. tests/test_explorers.py
+runs the JavaScript in a browser and compares it with the Python.
+
+    explorer = schedule_explorer(digit)
+    explorer.show()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_core import oracles, schedules
+
+# role: (colour on light, colour on dark, dash pattern, width). Colours after Okabe and Ito, told apart by the
+# colour-blind; the dashes tell the lines apart without any colour.
+ROLES: dict[str, tuple[str, str, str, float]] = {
+    "base": ("#6b7480", "#98a3b0", "2 4", 2.0),
+    "star": ("#0067a8", "#5ab8f0", "", 2.2),
+    "gamma": ("#c24e00", "#ff9d5c", "8 4", 2.2),
+    "reward": ("#00795c", "#35cfa0", "9 3 2 3", 1.8),
+    "marker": ("#1f2328", "#f0f3f6", "3 3", 1.3),
+    "zero": ("#8b949e", "#7d8590", "", 1.0),
+}
+_COLOURS = {  # the rest of the dark theme; the light one is in explorer.css
+    "bg": "#171b21",
+    "panel": "#20262e",
+    "text": "#e8ecf0",
+    "soft": "#a4aeb9",
+    "edge": "#3c454f",
+    "grid": "#2b323a",
+    "accent": "#5ab8f0",
+    "warn-bg": "#3a2f12",
+    "warn-text": "#ffe2a0",
+    "warn-edge": "#d9a520",
+}
+SHAPES = ("line", "area", "points", "vline", "hline")
+
+
+@dataclass(frozen=True)
+class Slider:
+    """One number. `label` may hold _{...} and ^{...}; `hint` is a word or two beside it.
+
+    step    distance of neighbouring values of a linear slider
+    log     values per decade of a logarithmic one (its values are rounded to two digits: 1, 1.1, 1.3, ...)
+    format  ".2f" decimals or ".3g" significant digits
+    """
+
+    name: str
+    label: str
+    min: float
+    max: float
+    value: float
+    step: float = 0.01
+    log: int = 0
+    format: str = ".2f"
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.min < self.max or not self.min <= self.value <= self.max:
+            raise ValueError(f"slider {self.name}: need min < max and min <= value <= max, got {self}")
+        if self.log and self.min <= 0:
+            raise ValueError(f"slider {self.name}: a logarithmic slider needs min > 0, got {self.min}")
+        if min(abs(self.value - v) for v in self.grid()) > 1e-9 * max(1.0, abs(self.value)):
+            raise ValueError(f"slider {self.name}: value = {self.value} is not one of its steps")
+
+    def grid(self) -> list[float]:
+        """The values it can take on a page."""
+        if self.log:
+            first, last = (round(math.log10(end) * self.log) for end in (self.min, self.max))
+            return [float(f"{10 ** (k / self.log):.2g}") for k in range(first, last + 1)]
+        steps = round((self.max - self.min) / self.step)
+        return [float(f"{self.min + i * self.step:.12g}") for i in range(steps + 1)]
+
+    def snap(self, value: float) -> float:
+        """The number that a widget's position stands for; a number that was typed in stays as it is."""
+        if self.log:
+            position = 10 ** (round(math.log10(value) * self.log) / self.log)
+            return float(f"{value:.2g}") if abs(position - value) <= 1e-6 * value else value
+        return float(f"{value:.12g}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several named options, {value: label}.
+
+    ranges  {value: {slider name: {"min", "max", "step", "value"}}}: choosing sets these sliders' ranges and values
+    """
+
+    name: str
+    label: str
+    options: Mapping[str, str]
+    value: str
+    ranges: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value not in self.options:
+            raise ValueError(f"choice {self.name}: {self.value!r} is not one of {', '.join(self.options)}")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot (`kind` "lines") or strip of pictures ("images"). A limit that is None follows the data."""
+
+    id: str
+    title: str
+    xlabel: str = ""
+    ylabel: str = ""
+    kind: str = "lines"
+    xlim: tuple[float | None, float | None] | None = None
+    ylim: tuple[float | None, float | None] | None = None
+    xlog: bool = False
+    ylog: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve, or with `shape` "area", "points", "vline" (x holds one value), "hline" (y holds one value)."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    role: str = "star"
+    shape: str = "line"
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES or self.shape not in SHAPES:
+            raise ValueError(f"line {self.label!r}: role {self.role!r} or shape {self.shape!r} is unknown")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A grey picture: rows of pixels in [-1, 1] (clipped when shown)."""
+
+    label: str
+    pixels: Sequence[Sequence[float]]
+
+
+class Explorer:
+    """A figure with controls; see the module's text.
+
+    name      letters, digits and hyphens: the base of all element ids
+    compute   (**values) -> {panel id: [Line or Image, ...], "readout": [(label, number or string[, format]), ...],
+              "message": text, "warn": whether it is a warning}
+    js        body of a JavaScript function (values, data, memo) that returns the same as plain objects
+              {label, x, y, role, shape} or {label, pixels}; memo is an object that is kept from call to call
+    data      constants for the JavaScript, anything that JSON can hold
+    title, caption, alt   the heading, the text below, and the description read out by a screen reader
+    """
+
+    def __init__(
+        self,
+        name: str,
+        controls: Sequence[Slider | Choice],
+        panels: Sequence[Panel],
+        compute: Callable[..., dict[str, Any]],
+        js: str,
+        data: Any = None,
+        *,
+        title: str = "",
+        caption: str = "",
+        alt: str = "",
+    ) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise ValueError(f"name is {name!r}; it must be lower-case letters, digits and hyphens")
+        if re.search(r"</script|<!--", js, re.IGNORECASE):
+            raise ValueError("the JavaScript holds '</script' or '<!--', which would end the script on the page")
+        self.name, self.controls, self.panels = name, list(controls), list(panels)
+        self.compute, self.js, self.data = compute, js, data
+        self.title, self.caption, self.alt = title, caption, alt or title or name
+
+    # ---- values and results -------------------------------------------------------------------------------------
+    def defaults(self) -> dict[str, Any]:
+        """The values at the start and after a reset."""
+        return {control.name: control.value for control in self.controls}
+
+    def evaluate(self, **values: Any) -> dict[str, Any]:
+        """What `compute` returns at the defaults changed by `values`, as the plain objects that the page uses."""
+        unknown = set(values) - set(self.defaults())
+        if unknown:
+            raise ValueError(f"no control named {', '.join(sorted(unknown))}; there are {', '.join(self.defaults())}")
+        result = self.compute(**{**self.defaults(), **values})
+        out: dict[str, Any] = {panel.id: [_plain(item) for item in result.get(panel.id, [])] for panel in self.panels}
+        out["readout"] = [list(row) for row in result.get("readout", [])]
+        out["message"], out["warn"] = result.get("message", ""), bool(result.get("warn", False))
+        return out
+
+    # ---- without a kernel ---------------------------------------------------------------------------------------
+    def html(self) -> str:
+        """The explorer as HTML that stands alone: styles, runtime, constants and the JavaScript, nothing fetched."""
+        key, runtime, css = _assets()
+        spec = {
+            "title": self.title,
+            "controls": [_control_spec(control) for control in self.controls],
+            "panels": [asdict(panel) for panel in self.panels],
+            "roles": {role: {"dash": dash, "width": width} for role, (_, _, dash, width) in ROLES.items()},
+            "data": self.data,
+        }
+        first = self.evaluate()["readout"]
+        shown = "; ".join(f"{_strip(row[0])} = {format_number(*row[1:])}" for row in first)
+        fallback = "This figure has sliders and needs JavaScript." + (
+            f" At its first setting: {shown}." if shown else ""
+        )
+        caption = f"<figcaption>{_markup(self.caption, True)}</figcaption>" if self.caption else ""
+        element = f"blx-{self.name}"
+        return (
+            f"<style>{css}</style>"
+            f'<figure class="blx" id="{element}" aria-label="{html.escape(self.alt, quote=True)}">'
+            f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</figure>'
+            f"<script>{runtime}\n"
+            f'window.{key}.mount("{element}", {embed_json(spec)}, (values, data, memo) => {{\n{_slim(self.js)}\n}});'
+            "</script>"
+        )
+
+    # ---- with a kernel ------------------------------------------------------------------------------------------
+    def figure(self, result: dict[str, Any], width: float = 9.0) -> Any:
+        """A matplotlib Figure of what `evaluate` returned."""
+        return _draw(self.panels, result, width)
+
+    def live(self) -> Any:
+        """The explorer as ipywidgets that call `compute`. Returns a VBox; needs ipywidgets and matplotlib."""
+        return _live(self)
+
+    def show(self) -> Any:
+        """For the last line of a cell: widgets in a live kernel, HTML in a batch run or where ipywidgets is missing."""
+        from IPython.display import HTML
+
+        from bilevel_core.lab import runs
+
+        if not runs.is_batch():
+            try:
+                return self.live()
+            except ImportError:
+                pass  # the HTML works without ipywidgets
+        return HTML(self.html())
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+def format_number(value: float | str, spec: str = ".4g") -> str:
+    """A number as the page writes it: ".2f" decimals, ".3g" digits and 1.2 × 10⁻⁵ where very small or large."""
+    if isinstance(value, str):
+        return value
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    digits = int(spec[1:-1])
+    if spec.endswith("f"):
+        text = f"{value:.{digits}f}"
+        return (text.replace("-", "") if float(text) == 0 else text).replace("-", "−")
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = int(exponent)
+
+    def bare(text: str) -> str:
+        return text.rstrip("0").rstrip(".") if "." in text else text
+
+    if -4 <= power < 6:
+        return bare(f"{value:.{max(0, digits - 1 - power)}f}").replace("-", "−")
+    return f"{bare(mantissa)} × 10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}".replace("-", "−")
+
+
+def embed_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no `</`, no `<!--`, no bare line separators, no NaN."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for bad, good in (("</", "<\\/"), ("<!--", "<\\u0021--"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(bad, good)
+    return text
+
+
+def _strip(text: str) -> str:
+    return re.sub(r"([_^])\{([^}]*)\}", r"\1\2", text)
+
+
+def _markup(text: str, tag: bool) -> str:
+    """_{...} and ^{...} as HTML (tag) or as matplotlib's mathtext."""
+    if tag:
+        names = {"_": "sub", "^": "sup"}
+        return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"<{names[m[1]]}>{m[2]}</{names[m[1]]}>", html.escape(text))
+    return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"$\\mathrm{{{{}}}}{m[1]}{{{m[2]}}}$", text)
+
+
+def _read(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text("utf-8")
+
+
+def _slim(source: str) -> str:
+    """Without lines of comment and without indentation."""
+    return re.sub(r"^\s+", "", re.sub(r"^\s*//.*\n", "", source, flags=re.MULTILINE), flags=re.MULTILINE)
+
+
+@functools.cache
+def _assets() -> tuple[str, str, str]:
+    """The runtime's global name (with a hash, so that two versions can share a page), its source, the styles."""
+    runtime, css = _read("explorer.js"), _read("explorer.css")
+    dark = "".join(f"--blx-{name}:{colour};" for name, colour in _COLOURS.items())
+    dark += "".join(f"--blx-{role}:{values[1]};" for role, values in ROLES.items()) + "color-scheme:dark;"
+    light = "".join(f"--blx-{role}:{values[0]};" for role, values in ROLES.items())
+    css = re.sub(r"/\*(?!DARK|LIGHT).*?\*/\n?", "", css).replace("/*DARK*/", dark).replace("/*LIGHT*/", light)
+    runtime, css = _slim(runtime), _slim(css)
+    key = "blx" + hashlib.sha256((runtime + css).encode()).hexdigest()[:10]
+    return key, runtime.replace("/*KEY*/", key).strip(), css.strip()
+
+
+def _control_spec(control: Slider | Choice) -> dict[str, Any]:
+    if isinstance(control, Slider):
+        return {"type": "slider", **asdict(control)}
+    spec = asdict(control)
+    return {"type": "choice", **spec, "options": [list(option) for option in control.options.items()]}
+
+
+def _plain(item: Line | Image) -> dict[str, Any]:
+    def numbers(values: Any) -> list[Any]:
+        values = values.tolist() if hasattr(values, "tolist") else values
+        return [numbers(v) if isinstance(v, list | tuple) or hasattr(v, "tolist") else float(v) for v in values]
+
+    if isinstance(item, Image):
+        return {"label": item.label, "pixels": numbers(item.pixels)}
+    return {"label": item.label, "x": numbers(item.x), "y": numbers(item.y), "role": item.role, "shape": item.shape}
+
+
+# ---- matplotlib and ipywidgets ------------------------------------------------------------------------------------
+def _draw(panels: Sequence[Panel], result: dict[str, Any], width: float) -> Any:
+    from matplotlib.figure import Figure
+
+    rows: list[list[Panel]] = []
+    for panel in panels:
+        if panel.wide or not rows or len(rows[-1]) == 2 or rows[-1][0].wide or rows[-1][0].kind != panel.kind:
+            rows.append([panel])
+        else:
+            rows[-1].append(panel)
+    heights = [1.5 if row[0].kind == "images" else 2.9 for row in rows]
+    figure = Figure(figsize=(width, sum(heights)), dpi=100, layout="constrained")
+    for part, row in zip(
+        figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0], rows, strict=True
+    ):
+        if row[0].kind == "images":
+            _draw_images(part, row[0], result[row[0].id])
+            continue
+        for axes, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):
+            _draw_lines(axes, panel, result[panel.id])
+    return figure
+
+
+def _draw_images(figure: Any, panel: Panel, images: Sequence[dict[str, Any]]) -> None:
+    figure.suptitle(_markup(panel.title, False), fontsize=10, weight="bold")
+    if panel.xlabel:
+        figure.supxlabel(_markup(panel.xlabel, False), fontsize=9)
+    if not images:
+        return
+    for axes, image in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
+        axes.imshow(image["pixels"], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_xlabel(_markup(image["label"], False), fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+
+def _draw_lines(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> None:
+    for line in lines:
+        colour, _, dash, width = ROLES[line["role"]]
+        style = (0, tuple(float(d) / width for d in dash.split())) if dash else "-"
+        look = {"color": colour, "linewidth": 0.8 * width, "label": _markup(line["label"], False) or None}
+        shape = line["shape"]
+        if shape == "vline":
+            axes.axvline(line["x"][0], linestyle=style, **look)
+        elif shape == "hline":
+            axes.axhline(line["y"][0], linestyle=style, **look)
+        elif shape == "points":
+            axes.plot(line["x"], line["y"], "o", markersize=5, color=colour, label=look["label"])
+        else:
+            axes.plot(line["x"], line["y"], linestyle=style, **look)
+            if shape == "area":
+                axes.fill_between(line["x"], line["y"], color=colour, alpha=0.13, linewidth=0)
+    axes.set_title(_markup(panel.title, False), fontsize=10, weight="bold")
+    axes.set_xlabel(_markup(panel.xlabel, False))
+    axes.set_ylabel(_markup(panel.ylabel, False))
+    if panel.xlog:
+        axes.set_xscale("log")
+    if panel.ylog:
+        axes.set_yscale("log")
+    if panel.xlim:
+        axes.set_xlim(*panel.xlim)
+    if panel.ylim:
+        axes.set_ylim(*panel.ylim)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    if any(line["label"] for line in lines):
+        axes.legend(fontsize=8, framealpha=0.8)
+
+
+def _live(explorer: Explorer) -> Any:
+    import ipywidgets
+
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+    readout = ipywidgets.HTML()
+    sliders = {control.name: control for control in explorer.controls if isinstance(control, Slider)}
+    widgets: dict[str, Any] = {}
+    busy = {"ranges": False, "timer": None}
+
+    def redraw() -> None:
+        busy["timer"] = None
+        values = {
+            name: sliders[name].snap(widget.value) if name in sliders else widget.value
+            for name, widget in widgets.items()
+        }
+        result = explorer.evaluate(**values)
+        rows = "".join(
+            f'<span style="margin-right:1.5em">{_markup(row[0], True)} '
+            f"<b>{html.escape(format_number(*row[1:]))}</b></span>"
+            for row in result["readout"]
+        )
+        sign = "⚠" if result["warn"] else "✓"
+        note = f"<div>{sign} {_markup(result['message'], True)}</div>" if result["message"] else ""
+        readout.value = f'<div style="line-height:1.6">{rows}{note}</div>'
+        buffer = io.BytesIO()
+        explorer.figure(result).savefig(buffer, format="png")
+        picture.value = buffer.getvalue()
+
+    def changed(_: Any = None) -> None:
+        """Draw a little later, once for all the changes that arrive until then; at once where no event loop runs."""
+        if busy["ranges"] or busy["timer"] is not None:
+            return
+        try:
+            busy["timer"] = asyncio.get_running_loop().call_later(0.04, redraw)
+        except RuntimeError:
+            redraw()
+
+    def apply_ranges(choice: Choice) -> None:
+        for name, new in choice.ranges.get(widgets[choice.name].value, {}).items():
+            _set_range(widgets[name], new)
+
+    for control in explorer.controls:
+        text = _strip(control.label) + (f" ({control.hint})" if control.hint else "")
+        look = {"style": {"description_width": "initial"}, "layout": ipywidgets.Layout(width="auto", min_width="280px")}
+        if isinstance(control, Choice):
+            widget = ipywidgets.Dropdown(
+                options=[(label, value) for value, label in control.options.items()],
+                value=control.value,
+                description=text,
+                **look,
+            )
+        elif control.log:
+            widget = ipywidgets.FloatLogSlider(
+                value=control.value,
+                base=10,
+                min=round(math.log10(control.min) * control.log) / control.log,
+                max=round(math.log10(control.max) * control.log) / control.log,
+                step=1 / control.log,
+                description=text,
+                readout_format=".3g",
+                **look,
+            )
+        else:
+            widget = ipywidgets.FloatSlider(
+                value=control.value,
+                min=control.min,
+                max=control.max,
+                step=control.step,
+                description=text,
+                readout_format=control.format,
+                **look,
+            )
+        widgets[control.name] = widget
+
+    def choice_changed(choice: Choice) -> None:
+        busy["ranges"] = True  # the sliders' own changes would each draw
+        apply_ranges(choice)
+        busy["ranges"] = False
+        changed()
+
+    def reset(_: Any = None) -> None:
+        busy["ranges"] = True
+        for name, control in sliders.items():
+            if control.log:
+                widgets[name].value = control.value
+            else:
+                _set_range(widgets[name], asdict(control))
+        for control in explorer.controls:
+            if isinstance(control, Choice):
+                widgets[control.name].value = control.value
+                apply_ranges(control)
+        busy["ranges"] = False
+        changed()
+
+    for control in explorer.controls:
+        if isinstance(control, Choice):
+            apply_ranges(control)
+            widgets[control.name].observe(lambda _, c=control: choice_changed(c), names="value")
+        else:
+            widgets[control.name].observe(changed, names="value")
+    button = ipywidgets.Button(description="Reset")
+    button.on_click(reset)
+    box = ipywidgets.Layout(display="grid", grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))")
+    parts = [ipywidgets.GridBox([*widgets.values(), button], layout=box), readout, picture]
+    if explorer.title:
+        parts.insert(0, ipywidgets.HTML(f"<b>{_markup(explorer.title, True)}</b>"))
+    if explorer.caption:
+        parts.append(ipywidgets.HTML(f'<div style="line-height:1.4">{_markup(explorer.caption, True)}</div>'))
+    redraw()
+    return ipywidgets.VBox(parts)
+
+
+def _set_range(widget: Any, new: Mapping[str, float]) -> None:
+    """New limits and value of a slider; the limits are widened first, since min must never exceed max on the way."""
+    widget.min = min(widget.min, new["min"])
+    widget.max = max(widget.max, new["max"])
+    widget.value = new["value"]
+    widget.min, widget.max = new["min"], new["max"]
+    widget.step = new.get("step", widget.step)
+
+
+# ---- the schedule explorer ----------------------------------------------------------------------------------------
+EXPLORER_T = 200  # steps of the schedules drawn by the explorer
+_FRAMES = tuple(i / 8 for i in range(9))  # the times u at which a noised digit is shown
+
+# Ranges of the sliders, inside schedules.BOUNDS: where the curves are worth looking at.
+_SLIDERS = {
+    "cosine": {
+        "start": (0.0, 0.9, 0.01),
+        "end": (0.1, 1.0, 0.01),
+        "tau": (0.5, 4.0, 0.05),
+        "epsilon": (0.0, 0.5, 0.004),
+    },
+    "sigmoid": {
+        "start": (-1.0, 3.0, 0.05),
+        "end": (-0.5, 6.0, 0.05),
+        "tau": (0.2, 3.0, 0.05),
+        "epsilon": (-2.0, 2.0, 0.05),
+    },
+    "linear": {
+        "start": (0.0, 0.9, 0.01),
+        "end": (0.1, 2.0, 0.01),
+        "tau": (0.2, 4.0, 0.05),
+        "epsilon": (0.0, 1.0, 0.01),
+    },
+}
+
+_TERMINAL_WARNING = (
+    f"ᾱ_{{T}} = ABAR is above {schedules.TERMINAL_ABAR:g}: x_{{T}} still holds √ᾱ_{{T}} = ROOT of the signal, so "
+    "N(0, I) is the wrong start for sampling. Raise end, take the normalised form, rescale (rescale_terminal), or "
+    "start from the right law (draw_x_T)."
+)
+_TERMINAL_FINE = "Admissible, and ᾱ_{T} is about 0: sampling may start from N(0, I)."
+
+
+def schedule_explorer(digit: Tensor | Sequence[Sequence[float]], noise_seed: int = 0) -> Explorer:
+    """What each of the four schedule parameters does: abar, log-SNR and one noised digit, for T = 200.
+
+    digit       (H, W), values in [-1, 1]
+    noise_seed  seed of the one noise field that every frame shares
+    Values outside the admissible set are projected, and the figure says so. Raises ValueError for another shape.
+    """
+    x0 = torch.as_tensor(digit, dtype=torch.float64).detach().cpu()
+    if x0.dim() != 2:
+        raise ValueError(f"digit has shape {tuple(x0.shape)}; it must be one picture, (H, W)")
+    if not (x0.abs() <= 1).all():
+        raise ValueError(f"digit has values from {x0.min():g} to {x0.max():g}; they must lie in [-1, 1]")
+    generator = torch.Generator().manual_seed(noise_seed)
+    eps = torch.randn(x0.shape, generator=generator, dtype=torch.float64).mul(1e4).round().div(1e4)  # short in JSON
+    x0 = x0.mul(1e4).round().div(1e4)
+    T = EXPLORER_T
+    frames = [round(u * T) for u in _FRAMES]
+
+    def compute(kind: str, form: str, start: float, end: float, tau: float, epsilon: float) -> dict[str, Any]:
+        q, message = torch.tensor([start, end, tau, epsilon], dtype=torch.float64), ""
+        try:
+            schedules.check(q, T, kind, form)
+        except ValueError as reason:
+            message = f"Not admissible: {reason}."
+            try:
+                q = schedules.project(q, T, kind, form)
+            except ValueError:
+                return {"readout": [], "message": message, "warn": True}
+            message += f" Drawn instead is its projection, start = {q[0]:.4g}, end = {q[1]:.4g}."
+        beta = schedules.betas(q, T, kind, form)
+        abar = schedules.abar_from_betas(beta)
+        default = torch.tensor(schedules.DEFAULT_Q[kind], dtype=torch.float64)
+        usual = schedules.abar(default, T, kind, form)
+        last = float(abar[-1])
+        if not message and last > schedules.TERMINAL_ABAR:
+            message = _TERMINAL_WARNING.replace("ABAR", f"{last:.3g}").replace("ROOT", f"{last**0.5:.3g}")
+        warn = bool(message)
+        u, snr = torch.arange(T + 1, dtype=torch.float64) / T, schedules.log_snr(abar)
+        return {
+            "abar": [
+                Line("the default q", u, usual, "base"),
+                Line("this q", u, abar, "star"),
+                Line("the digits below", u[frames], abar[frames], "star", "points"),
+            ],
+            "snr": [
+                Line("the default q", u[1:], schedules.log_snr(usual)[1:], "base"),
+                Line("this q", u[1:], snr[1:], "star"),
+                Line("the digits below", u[frames[1:]], snr[frames[1:]], "star", "points"),
+            ],
+            "digits": [Image(f"u = {u[t]:g}", schedules.noise(x0, eps, abar[t])) for t in frames],
+            "readout": [
+                ("ᾱ_{T}", last, ".3g"),
+                ("√ᾱ_{T}", last**0.5, ".3g"),
+                ("largest β_{t}", float(beta.max()), ".3g"),
+            ],
+            "message": message or _TERMINAL_FINE,
+            "warn": warn,
+        }
+
+    ranges = {
+        kind: {
+            name: {"min": low, "max": high, "step": step, "value": value}
+            for (name, (low, high, step)), value in zip(sliders.items(), schedules.DEFAULT_Q[kind], strict=True)
+        }
+        for kind, sliders in _SLIDERS.items()
+    }
+    kinds = {"cosine": "cosine", "sigmoid": "sigmoid", "linear": "linear (DDPM)"}
+    forms = {"released": "as released", "normalised": "normalised: exact ends"}
+    texts = {
+        "start": ("start", "", ".2f"),
+        "end": ("end", "", ".2f"),
+        "tau": ("τ", "shape", ".2f"),
+        "epsilon": ("ε", "offset", ".3f"),
+    }
+    return Explorer(
+        "schedule",
+        [
+            Choice("kind", "schedule", kinds, "cosine", ranges),
+            Choice("form", "form", forms, "released"),
+            *(
+                Slider(name, label, **ranges["cosine"][name], format=spec, hint=hint)
+                for name, (label, hint, spec) in texts.items()
+            ),
+        ],
+        [
+            Panel("abar", "Signal kept", "time u = t/T", "ᾱ(u)", xlim=(0, 1), ylim=(0, 1)),
+            Panel("snr", "Log signal-to-noise ratio", "time u = t/T", "log ᾱ/(1−ᾱ)", xlim=(0, 1), ylim=(-24, 12)),
+            Panel(
+                "digits",
+                "The digit at nine times",
+                "x_{t} = √ᾱ_{t} x_{0} + √(1−ᾱ_{t}) ε, with the same ε in every picture",
+                kind="images",
+                wide=True,
+            ),
+        ],
+        compute,
+        _read("explorer_schedule.js"),
+        {
+            "T": T,
+            "frames": _FRAMES,
+            "gap": schedules.GAP,
+            "minAbar": schedules.MIN_ABAR,
+            "maxBeta": schedules.MAX_BETA,
+            "terminal": schedules.TERMINAL_ABAR,
+            "bounds": schedules.BOUNDS,
+            "defaults": schedules.DEFAULT_Q,
+            "warning": _TERMINAL_WARNING,
+            "fine": _TERMINAL_FINE,
+            "digit": x0.tolist(),
+            "noise": eps.tolist(),
+        },
+        title="What the four schedule parameters do",
+        caption=(
+            f"T = {T} steps. Dotted: the same kind of schedule at its default parameters. "
+            "Choosing a kind sets its defaults."
+        ),
+        alt=(
+            "Explorer of noise schedules: sliders for start, end, tau and epsilon change two curves and nine "
+            "noised digits."
+        ),
+    )
+
+
+# ---- the penalty explorer -----------------------------------------------------------------------------------------
+_NODES = (-10.0, 27.0, 1481)  # quadrature; p_star moves as far as 1.5 + 0.81/lambda = 17.7 at lambda = 0.05
+_LAMS = (0.05, 50.0, 121)  # the axis of the panels over lambda
+
+_WRONG_SIGN = (
+    "The penalty gradient (A) has the wrong sign here: at this γ it pushes λ away from the true optimum. Raise γ."
+)
+_RIGHT_SIGN = "The penalty gradient (A) and the hypergradient (C) have the same sign here."
+
+
+def penalty_explorer() -> Explorer:
+    """The penalty on the 1-D mixture: p_0, p_star, p_gamma, L_gamma and its gradient as gamma and lambda move.
+
+    The problem and its closed forms are those of `oracles.Mixture1D().problem()`, on a quadrature that is as exact for
+    the sliders' ranges (lambda >= 0.05) and ten times smaller.
+    """
+    mixture = oracles.Mixture1D()
+    x, log_p0 = mixture.quadrature(*_NODES)
+    problem = oracles.Tilt(-((x - 1.2) ** 2) / 2, x, log_p0)
+    spacing = (_NODES[1] - _NODES[0]) / (_NODES[2] - 1)
+    lams = _LAMS[0] * (_LAMS[1] / _LAMS[0]) ** (torch.arange(_LAMS[2], dtype=torch.float64) / (_LAMS[2] - 1))
+    limit, hypergrads = problem.value(lams), problem.hypergrad(lams)
+
+    def root(slope: Callable[[float], Tensor]) -> float:
+        """Where a gradient that is negative at small lambda and positive at large lambda vanishes, by bisection."""
+        low, high = math.log(_LAMS[0]), math.log(_LAMS[1])
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+        return math.exp((low + high) / 2)
+
+    lam_star = root(problem.hypergrad)
+
+    @functools.lru_cache(maxsize=4)
+    def curves(gamma: float) -> tuple[Tensor, Tensor, float]:
+        best = root(lambda lam: problem.penalty_grad(lam, gamma))
+        return problem.penalty(lams, gamma), problem.penalty_grad(lams, gamma), best
+
+    def compute(gamma: float, lam: float) -> dict[str, Any]:
+        values, grads, best = curves(gamma)
+        star, tilted = problem.p_gamma(lam), problem.p_gamma(lam, gamma)
+        grad, hyper = float(problem.penalty_grad(lam, gamma)), float(problem.hypergrad(lam))
+
+        def reach(log_p: Tensor) -> float:
+            mean = problem.mean(log_p, x)
+            return float(mean + 4 * problem.mean(log_p, (x - mean) ** 2).sqrt())
+
+        to = max(5, math.ceil(max(reach(star), reach(tilted))))
+        first, count = round((-5 - _NODES[0]) / spacing), round((to + 5) / spacing) + 1
+        view = slice(first, first + count)
+        return {
+            "laws": [
+                Line("0.4 exp(r_{up})", x[view], 0.4 * problem.r_up[view].exp(), "reward", "area"),
+                Line("p_{0}", x[view], problem.log_p0[view].exp() / spacing, "base"),
+                Line("p_{∗}", x[view], star[view].exp() / spacing, "star"),
+                Line("p_{γ}", x[view], tilted[view].exp() / spacing, "gamma"),
+            ],
+            "value": [
+                Line("", [lam], [], "marker", "vline"),
+                Line("its limit, γ → ∞", lams, limit, "star"),
+                Line("L_{γ}", lams, values, "gamma"),
+                Line("its minimum", [best], [float(problem.penalty(best, gamma))], "gamma", "points"),
+            ],
+            "grad": [
+                Line("", [], [0.0], "zero", "hline"),
+                Line("", [lam], [], "marker", "vline"),
+                Line("hypergradient (C)", lams, hypergrads, "star"),
+                Line("dL_{γ}/dλ (A)", lams, grads, "gamma"),
+            ],
+            "readout": [
+                ("L_{γ}(λ)", float(problem.penalty(lam, gamma))),
+                ("dL_{γ}/dλ (A)", grad),
+                ("hypergradient (C)", hyper),
+                ("KL(p_{∗} ‖ p_{0})", float(problem.kl(star))),
+                ("KL(p_{γ} ‖ p_{0})", float(problem.kl(tilted))),
+                ("argmin L_{γ}", best),
+                ("λ^{∗}", lam_star),
+            ],
+            "message": _WRONG_SIGN if grad * hyper < 0 else _RIGHT_SIGN,
+            "warn": grad * hyper < 0,
+        }
+
+    return Explorer(
+        "penalty",
+        [
+            Slider("gamma", "γ", 0.1, 1e4, 1.0, log=20, format=".2g", hint="penalty constant"),
+            Slider("lam", "λ", 0.05, 50.0, 1.0, log=20, format=".2g", hint="entropy strength"),
+        ],
+        [
+            Panel("laws", "The laws and the upper reward", "x", "density", ylim=(0, None), wide=True),
+            Panel("value", "The penalised objective", "λ", "L_{γ}(λ)", xlog=True, xlim=_LAMS[:2], ylim=(0, 4)),
+            Panel("grad", "Its gradient", "λ", "d/dλ", xlog=True, xlim=_LAMS[:2], ylim=(-2, 0.8)),
+        ],
+        compute,
+        _read("explorer_penalty.js"),
+        {
+            "weights": mixture.weights,
+            "means": mixture.means,
+            "stds": mixture.stds,
+            "nodes": _NODES,
+            "lams": _LAMS,
+            "lamStar": lam_star,
+            "wrong": _WRONG_SIGN,
+            "right": _RIGHT_SIGN,
+        },
+        title="How large must γ be?",
+        caption=(
+            "p_{0} = 0.6 N(−1.5, 0.7²) + 0.4 N(1.5, 0.9²), r_{low} = x, r_{up} = −(x − 1.2)²/2; exact, by quadrature. "
+            "The vertical line is the chosen λ; λ^{∗} is the optimum as γ → ∞."
+        ),
+        alt=(
+            "Explorer of the penalty method: sliders for gamma and lambda change three densities, the objective and "
+            "its gradient."
+        ),
+    )
