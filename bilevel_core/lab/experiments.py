@@ -1,0 +1,158 @@
+"""The experiments that chapters record: resumable by piece, each piece a JSON file with its configuration."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import schedules
+from ..algorithms import ScoreTraining, train_score
+from ..guidance import CostMeter
+from ..samplers import draw_x_T, sample_ddim, timesteps
+from . import data, metrics, networks, runs
+from .training import checkpointed
+
+# name: data set, side, denoiser, classifier whose features measure
+IMAGES = {
+    "digits8": ("digits", 8, "tiny", "mnist8"),
+    "mnist8": ("mnist", 8, "tiny", "mnist8"),
+    "mnist28": ("mnist", 28, "mnist28", "mnist28"),
+}
+
+
+def piece(path: Path, config: dict, compute: Callable[[], dict]) -> dict:
+    """compute(), or what it gave before if `path` holds it; written atomically with its configuration.
+
+    Raises ValueError if the file was made with another configuration, naming what differs.
+    """
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); delete it to compute this piece again") from error
+        if found["config"] != config:
+            changed = [k for k in config if found["config"].get(k) != config[k]]
+            raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+        return found
+    start = time.perf_counter()
+    found = {"config": config} | compute()
+    found["wall_s"] = round(time.perf_counter() - start, 1)
+    runs.write_atomic(path, json.dumps(found).encode())
+    return found
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Callable,
+    abar: Tensor,
+    ts: list[int],
+    n: int,
+    side: int,
+    *,
+    eta: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """n images (n, 1, side, side) by DDIM, in batches of 500; the same seed gives the same x_T at every grid."""
+    images = []
+    for start in range(0, n, 500):
+        g = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
+        x = draw_x_T((min(500, n - start), 1, side, side), abar, generator=g, device=device)
+        images.append(sample_ddim(denoiser, x, abar, ts, eta=eta, generator=g).clamp(-1, 1))
+    return torch.cat(images)
+
+
+def train_denoiser(
+    x0: Tensor, abar: Tensor, size: str, *, steps: int, batch_size: int, seed: int, path: Path, bar: str | None = None
+) -> ScoreTraining:
+    """Algorithm 3 on images x0, resumable at `path`: AdamW 2e-3, warm-up, cosine decay, moving average."""
+    network = networks.Denoiser(size, seed=seed).to(x0.device)
+    state = ScoreTraining(
+        network,
+        batch_size=batch_size,
+        lr=2e-3,
+        warmup=min(200, steps // 5),
+        decay_steps=steps,
+        ema_decay=0.995,
+        seed=seed,
+    )
+    loop = train_score(state, x0, abar, steps=steps)
+    for _ in checkpointed(loop, state, path, steps=steps, every=200, bar=bar):
+        pass
+    return state
+
+
+def sampling_study(
+    name: str,
+    *,
+    seeds: int,
+    train_steps: int,
+    batch_size: int,
+    T: int,
+    grids: Sequence[int],
+    etas: Sequence[float],
+    n: int,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+) -> list[dict]:
+    """Quality of samples against the number of DDIM steps and eta, for `seeds` denoisers trained from scratch.
+
+    name   one of IMAGES
+    n      samples for each row; force=True allows too few for a distance (its numbers then mean nothing)
+    folder where checkpoints and pieces live; a killed study goes on there
+    Returns a row for each seed, grid and eta: Frechet distance and KID of the classifier's features to those of the
+    test split, classifier score, cost units of sampling; and for each seed the cost of its training.
+    """
+    dataset, side, size, classifier_name = IMAGES[name]
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
+    rows = []
+    for seed in range(seeds):
+        config = {
+            "name": name,
+            "size": size,
+            "seed": seed,
+            "train_steps": train_steps,
+            "batch_size": batch_size,
+            "T": T,
+            "n": n,
+        }
+        config |= {"grids": list(grids), "etas": list(etas)}
+
+        def compute(seed: int = seed) -> dict:
+            x0, _ = data.load(dataset, "train", side)
+            bar = f"{name}, seed {seed}: training"
+            path = Path(folder) / f"{name}_{seed}.safetensors"
+            options = {"steps": train_steps, "batch_size": batch_size, "seed": seed, "path": path, "bar": bar}
+            state = train_denoiser(x0.to(device), abar, size, **options)
+            classifier = networks.load_classifier(classifier_name).to(device)
+            if dataset == "mnist":
+                reference = networks.reference_features(classifier_name, "test")
+            else:
+                reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
+            found = []
+            for grid in grids:
+                for eta in etas:
+                    meter = CostMeter(state.ema.eval())
+                    ts = timesteps(T, grid)
+                    images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
+                    features = torch.cat([classifier.features(x) for x in images.split(1000)]).double().cpu()
+                    found.append(
+                        {
+                            "seed": seed,
+                            "steps": grid,
+                            "eta": eta,
+                            "frechet": metrics.frechet(features, reference, force=force),
+                            "kid": metrics.kid(features, reference, seed=seed)[0],
+                            "score": metrics.classifier_score(classifier.head(features.float().to(device)).cpu()),
+                            "cost": meter.cost,
+                        }
+                    )
+            return {"rows": found, "train_cost": state.cost, "final_loss": sum(state.losses[-100:]) / 100}
+
+        found = piece(Path(folder) / f"{name}_{seed}.json", config, compute)
+        rows += [row | {"train_cost": found["train_cost"], "wall_s": found["wall_s"]} for row in found["rows"]]
+    return rows
