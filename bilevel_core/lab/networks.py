@@ -15,7 +15,7 @@ from torch.nn import functional
 
 # Side of the image, channels per level, and how many pixels are folded into channels first.
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"side": 8, "channels": (16, 32), "fold": 1},
+    "tiny": {"side": 8, "channels": (16, 16), "fold": 1},
     "small": {"side": 8, "channels": (32, 32), "fold": 1},
     "mnist28": {"side": 28, "channels": (16, 32, 32), "fold": 1},
     "mnist28_folded": {"side": 28, "channels": (32, 64), "fold": 2},
