@@ -112,6 +112,7 @@ def test_shipped_classifier_and_features(name):
         accuracy = classifiers.accuracy(classifier.head(features.float()), labels)
         assert accuracy == pytest.approx(card["accuracy"][split], abs=3e-4)  # features were rounded to fp16
     spectrum = torch.linalg.eigvalsh(features.T.cov())
+    assert features.T.cov().trace() == pytest.approx(classifier.num_features, rel=0.05)  # unit: see standardise
     rounding = (features.abs() * 2**-11).square().mean() / 3  # variance of an error uniform in half a unit of fp16
     assert spectrum[0] > 100 * rounding  # full rank beyond the rounding: a Fréchet distance makes sense
     assert sum(map(sum, card["confusion_test"])) == 10_000
@@ -123,6 +124,7 @@ def test_shipped_classifier_and_features(name):
 def test_card_names_the_run(name):
     card = networks.classifier_card(name)
     source, recipe = card["provenance"], classifiers.Recipe(**card["recipe"])
+    assert recipe == classifiers.RECIPES[name]
     assert source["dirty"] is False and len(source["commit"]) == 40
     assert len(card["log"]["loss"]) == recipe.epochs * (50_000 // recipe.batch_size)
     assert len(card["log"]["val_accuracy"]) == recipe.epochs and card["wall_s"] > 0
@@ -203,8 +205,15 @@ def test_training_repeats_and_learns():
     assert len(first) == 40 and first[-1] < 0.3 * first[0]
     assert losses()[0] == first
     assert losses(seed=1)[0][0] != first[0]
-    logits = classifiers.outputs(model, data.resize(images, 8))[1]
+    small = data.resize(images, 8)
+    logits = classifiers.outputs(model, small)[1]
     assert classifiers.accuracy(logits, labels) > 0.9
+    for _ in range(2):  # the second time it finds nothing to do
+        classifiers.standardise(model, small)
+        features, standardised = classifiers.outputs(model, small)
+        torch.testing.assert_close(standardised, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+        assert features.var(0).mean().item() == pytest.approx(1, rel=1e-4)
     assert classifiers.confusion(logits, labels).sum() == 320
 
 

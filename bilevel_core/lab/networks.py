@@ -83,7 +83,8 @@ class _Classifier(nn.Module):
     """Convolutions, a linear map to `num_features` features, SiLU, a linear map to 10 logits.
 
     Smooth throughout, and the features are taken before the SiLU: a Gaussian fits them better than rectified ones,
-    their covariance has full rank, and gradients with respect to the image exist everywhere.
+    their covariance has full rank, and gradients with respect to the image exist everywhere. They are shifted and
+    scaled by constants (see `standardise`) that the head undoes, so that distances have a readable unit.
     """
 
     side: int
@@ -94,6 +95,8 @@ class _Classifier(nn.Module):
         self.body = body
         self.to_features = nn.Linear(body_features, self.num_features)
         self.to_logits = nn.Linear(self.num_features, 10)
+        self.register_buffer("centre", torch.zeros(self.num_features))
+        self.register_buffer("scale", torch.ones(()))
 
     def features(self, images: Tensor) -> Tensor:
         """(n, num_features) of images (n, 1, side, side) in [-1, 1]."""
@@ -101,11 +104,11 @@ class _Classifier(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, but this classifier takes (n, 1, {self.side}, {self.side})"
             )
-        return self.to_features(self.body(images).flatten(1))
+        return (self.to_features(self.body(images).flatten(1)) - self.centre) / self.scale
 
     def head(self, features: Tensor) -> Tensor:
         """(n, 10) logits of features (n, num_features)."""
-        return self.to_logits(functional.silu(features))
+        return self.to_logits(functional.silu(features * self.scale + self.centre))
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 10) logits of images (n, 1, side, side) in [-1, 1]."""
