@@ -234,7 +234,9 @@ class Explorer:
     # ---- with a kernel ------------------------------------------------------------------------------------------
     def figure(self, result: dict[str, Any], width: float = 9.0) -> Any:
         """A matplotlib Figure of what `evaluate` returned."""
-        return _draw(self.panels, result, width)
+        plots = _Plots(self.panels, width)
+        plots.update(result)
+        return plots.figure
 
     def live(self) -> Any:
         """The explorer as ipywidgets that call `compute`. Returns a VBox; needs ipywidgets and matplotlib."""
@@ -340,71 +342,137 @@ def _plain(item: Line | Image) -> dict[str, Any]:
 
 
 # ---- matplotlib and ipywidgets ------------------------------------------------------------------------------------
-def _draw(panels: Sequence[Panel], result: dict[str, Any], width: float) -> Any:
-    from matplotlib.figure import Figure
+class _Plots:
+    """The panels as one matplotlib figure, drawn again and again; artists are kept from one result to the next."""
 
-    rows: list[list[Panel]] = []
-    for panel in panels:
-        if panel.wide or not rows or len(rows[-1]) == 2 or rows[-1][0].wide or rows[-1][0].kind != panel.kind:
-            rows.append([panel])
+    def __init__(self, panels: Sequence[Panel], width: float = 9.0) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        rows: list[list[Panel]] = []
+        for panel in panels:
+            if panel.wide or not rows or len(rows[-1]) == 2 or rows[-1][0].wide or rows[-1][0].kind != panel.kind:
+                rows.append([panel])
+            else:
+                rows[-1].append(panel)
+        heights = [1.7 if row[0].kind == "images" else 3.1 for row in rows]
+        self.figure = Figure(figsize=(width, sum(heights)), dpi=100)
+        self.canvas = FigureCanvasAgg(self.figure)
+        parts = self.figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+        self.axes: dict[str, Any] = {}
+        self.panels = {panel.id: panel for panel in panels}
+        for part, row in zip(parts, rows, strict=True):
+            if row[0].kind == "lines":  # fixed margins: an automatic layout is slow and lets the plots jump
+                part.subplots_adjust(left=0.085, right=0.98, bottom=0.17, top=0.83, wspace=0.24)
+            else:
+                part.subplots_adjust(left=0.02, right=0.98, bottom=0.14, top=0.84)
+            for panel, axes in zip(row, part.subplots(1, len(row), squeeze=False)[0], strict=True):
+                self.axes[panel.id] = axes
+        self.artists: dict[str, tuple[Any, list[Any]]] = {}
+
+    def update(self, result: dict[str, Any]) -> None:
+        """Show another result of Explorer.evaluate."""
+        for name, panel in self.panels.items():
+            items, axes = result[name], self.axes[name]
+            kinds = [(item["label"], item.get("role"), item.get("shape")) for item in items]
+            images = panel.kind == "images"
+            if name not in self.artists or self.artists[name][0] != kinds:
+                axes.clear()
+                artists = self._new_images(axes, panel, items) if images else self._new_lines(axes, panel, items)
+                self.artists[name] = (kinds, artists)
+            elif images:
+                for artist, item in zip(self.artists[name][1], items, strict=True):
+                    artist.set_data(item["pixels"])
+            else:
+                for pair, item in zip(self.artists[name][1], items, strict=True):
+                    self._move(axes, pair, item)
+            if not images:
+                axes.relim()
+                axes.autoscale_view()
+                low, high = _y_limits(panel, items)
+                axes.set_ylim(low, high)
+
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
+        buffer = io.BytesIO()
+        self.canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
+
+    @staticmethod
+    def _new_images(axes: Any, panel: Panel, images: Sequence[dict[str, Any]]) -> list[Any]:
+        axes.set_title(_markup(panel.title, False), fontsize=10, weight="bold", loc="left")
+        artists = []
+        for i, image in enumerate(images):
+            rows, columns = len(image["pixels"]), len(image["pixels"][0])
+            place, look = (i * 1.1, i * 1.1 + 1, rows / columns, 0), {"vmin": -1, "vmax": 1, "cmap": "gray"}
+            artists.append(axes.imshow(image["pixels"], extent=place, interpolation="nearest", **look))
+            axes.text(
+                i * 1.1 + 0.5, rows / columns + 0.08, _markup(image["label"], False), ha="center", va="top", size=8
+            )
+        axes.set_xlim(0, len(images) * 1.1 - 0.1)
+        axes.set_ylim(max((len(i["pixels"]) / len(i["pixels"][0]) for i in images), default=1) + 0.3, 0)
+        axes.set_axis_off()
+        if panel.xlabel:
+            look = {"transform": axes.transAxes, "ha": "center", "va": "top", "size": 9}
+            axes.text(0.5, 0, _markup(panel.xlabel, False), **look)
+        return artists
+
+    def _new_lines(self, axes: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> list[Any]:
+        artists = []
+        for line in lines:
+            colour, _, dash, width = ROLES[line["role"]]
+            style = (0, tuple(float(d) / width for d in dash.split())) if dash else "-"
+            look = {"color": colour, "linewidth": 0.8 * width, "label": _markup(line["label"], False) or None}
+            if line["shape"] == "vline":
+                artist = axes.axvline(1, linestyle=style, **look)
+            elif line["shape"] == "hline":
+                artist = axes.axhline(0, linestyle=style, **look)
+            elif line["shape"] == "points":
+                artist = axes.plot([], [], "o", markersize=5, clip_on=False, **look)[0]
+            else:
+                artist = axes.plot([], [], linestyle=style, **look)[0]
+            pair = [artist, None]
+            self._move(axes, pair, line)
+            artists.append(pair)
+        axes.set_title(_markup(panel.title, False), fontsize=10, weight="bold", loc="left", pad=22)
+        axes.set_xlabel(_markup(panel.xlabel, False))
+        axes.set_ylabel(_markup(panel.ylabel, False))
+        axes.set_xscale("log" if panel.xlog else "linear")
+        axes.set_yscale("log" if panel.ylog else "linear")
+        if panel.xlim:
+            axes.set_xlim(*panel.xlim)
+        axes.grid(alpha=0.3, linewidth=0.6)
+        if any(line["label"] for line in lines):
+            above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncol": 5, "frameon": False}
+            axes.legend(fontsize=8.5, columnspacing=1.2, handlelength=2.2, **above)
+        return artists
+
+    @staticmethod
+    def _move(axes: Any, pair: list[Any], line: dict[str, Any]) -> None:
+        artist, area = pair
+        if line["shape"] == "vline":
+            artist.set_xdata([line["x"][0]] * 2)
+        elif line["shape"] == "hline":
+            artist.set_ydata([line["y"][0]] * 2)
         else:
-            rows[-1].append(panel)
-    heights = [1.5 if row[0].kind == "images" else 2.9 for row in rows]
-    figure = Figure(figsize=(width, sum(heights)), dpi=100, layout="constrained")
-    for part, row in zip(
-        figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0], rows, strict=True
-    ):
-        if row[0].kind == "images":
-            _draw_images(part, row[0], result[row[0].id])
-            continue
-        for axes, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):
-            _draw_lines(axes, panel, result[panel.id])
-    return figure
+            artist.set_data(line["x"], line["y"])
+        if line["shape"] == "area":
+            if area is not None:
+                area.remove()
+            pair[1] = axes.fill_between(line["x"], line["y"], color=artist.get_color(), alpha=0.13, linewidth=0)
 
 
-def _draw_images(figure: Any, panel: Panel, images: Sequence[dict[str, Any]]) -> None:
-    figure.suptitle(_markup(panel.title, False), fontsize=10, weight="bold")
-    if panel.xlabel:
-        figure.supxlabel(_markup(panel.xlabel, False), fontsize=9)
-    if not images:
-        return
-    for axes, image in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
-        axes.imshow(image["pixels"], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_xlabel(_markup(image["label"], False), fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
-
-
-def _draw_lines(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> None:
-    for line in lines:
-        colour, _, dash, width = ROLES[line["role"]]
-        style = (0, tuple(float(d) / width for d in dash.split())) if dash else "-"
-        look = {"color": colour, "linewidth": 0.8 * width, "label": _markup(line["label"], False) or None}
-        shape = line["shape"]
-        if shape == "vline":
-            axes.axvline(line["x"][0], linestyle=style, **look)
-        elif shape == "hline":
-            axes.axhline(line["y"][0], linestyle=style, **look)
-        elif shape == "points":
-            axes.plot(line["x"], line["y"], "o", markersize=5, color=colour, label=look["label"])
-        else:
-            axes.plot(line["x"], line["y"], linestyle=style, **look)
-            if shape == "area":
-                axes.fill_between(line["x"], line["y"], color=colour, alpha=0.13, linewidth=0)
-    axes.set_title(_markup(panel.title, False), fontsize=10, weight="bold")
-    axes.set_xlabel(_markup(panel.xlabel, False))
-    axes.set_ylabel(_markup(panel.ylabel, False))
-    if panel.xlog:
-        axes.set_xscale("log")
-    if panel.ylog:
-        axes.set_yscale("log")
-    if panel.xlim:
-        axes.set_xlim(*panel.xlim)
-    if panel.ylim:
-        axes.set_ylim(*panel.ylim)
-    axes.grid(alpha=0.3, linewidth=0.6)
-    if any(line["label"] for line in lines):
-        axes.legend(fontsize=8, framealpha=0.8)
+def _y_limits(panel: Panel, lines: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The panel's limits, with the data's range and a little air where they are left open."""
+    fixed = panel.ylim or (None, None)
+    values = [v for line in lines if line["shape"] not in ("vline", "hline") for v in line["y"] if math.isfinite(v)]
+    if panel.ylog or not values:
+        return fixed
+    air = 0.05 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
+    return (
+        min(values) - air if fixed[0] is None else fixed[0],
+        max(values) + air if fixed[1] is None else fixed[1],
+    )
 
 
 def _live(explorer: Explorer) -> Any:
@@ -412,6 +480,7 @@ def _live(explorer: Explorer) -> Any:
 
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
     readout = ipywidgets.HTML()
+    plots = _Plots(explorer.panels)
     sliders = {control.name: control for control in explorer.controls if isinstance(control, Slider)}
     widgets: dict[str, Any] = {}
     busy = {"ranges": False, "timer": None}
@@ -431,9 +500,8 @@ def _live(explorer: Explorer) -> Any:
         sign = "⚠" if result["warn"] else "✓"
         note = f"<div>{sign} {_markup(result['message'], True)}</div>" if result["message"] else ""
         readout.value = f'<div style="line-height:1.6">{rows}{note}</div>'
-        buffer = io.BytesIO()
-        explorer.figure(result).savefig(buffer, format="png")
-        picture.value = buffer.getvalue()
+        plots.update(result)
+        picture.value = plots.png()
 
     def changed(_: Any = None) -> None:
         """Draw a little later, once for all the changes that arrive until then; at once where no event loop runs."""
