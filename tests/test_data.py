@@ -148,10 +148,12 @@ def test_without_a_root_torchvision_downloads_into_the_work_dir(small, tmp_path,
                 (target / file.name).write_bytes(file.read_bytes())
 
     monkeypatch.setitem(sys.modules, "torchvision", type("torchvision", (), {"datasets": Datasets}))
+    assert not data.available("mnist") and data.available("mnist", root) and data.available("digits")
     with pytest.raises(RuntimeError, match=r"mnist could not be downloaded .*set BILEVEL_DATA"):
         data.load("mnist", "test")
     assert len(data.load("mnist", "test")[0]) == 10
     data.load("mnist", "train")  # is there already
+    assert data.available("mnist") and not data.available("fashion")
     assert calls == [str(tmp_path / "work" / "data")] * 2
 
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as if not installed

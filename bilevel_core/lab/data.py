@@ -116,12 +116,23 @@ def _read(folder: Path, file: str, name: str) -> np.ndarray:
     return read_idx(path if path.exists() else path.with_name(f"{file}.gz"), CHECKSUMS[name][file])
 
 
+def available(name: str, root: str | Path | None = None) -> bool:
+    """True where `load` needs no download: the files lie in `root`, BILEVEL_DATA or <work_dir>/data (unchecked)."""
+    if name == "digits":
+        return True
+    given = root or os.environ.get("BILEVEL_DATA") or runs.work_dir() / "data"
+    return _complete(name, Path(given).expanduser() / FOLDERS[name] / "raw")
+
+
+def _complete(name: str, folder: Path) -> bool:
+    return all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in CHECKSUMS[name])
+
+
 def _folder(name: str, root: str | Path | None) -> Path:
     """The folder raw/ of a data set; without a root it is downloaded first, where it is not there already."""
     given = root or os.environ.get("BILEVEL_DATA")
     folder = Path(given or runs.work_dir() / "data").expanduser() / FOLDERS[name] / "raw"
-    there = all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in CHECKSUMS[name])
-    if not given and not there:
+    if not given and not _complete(name, folder):
         _download(name, folder.parents[1])
     return folder
 
