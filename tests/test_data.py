@@ -132,7 +132,7 @@ def test_missing_file_is_named_with_a_remedy(small, monkeypatch):
 
 def test_without_a_root_torchvision_downloads_into_the_work_dir(small, tmp_path, monkeypatch):
     """Simulated: torchvision's class fails as it does without a network, or puts the files there."""
-    _, raw, _ = small
+    root, raw, _ = small
     monkeypatch.setenv("BILEVEL_WORK_DIR", str(tmp_path / "work"))
     calls = []
 
