@@ -374,7 +374,7 @@ def test_javascript_formats_numbers_as_python(page):
 def test_two_explorers_on_a_page_by_keyboard(page, schedule, penalty):
     page.set_content(document(schedule, penalty))
     settle(page)
-    assert page.locator("figure.blx").count() == 2 and page.locator(".blx-fallback").count() == 0
+    assert page.locator(".blx").count() == 2 and page.locator(".blx-fallback").count() == 0
     ids = page.locator("[id]").evaluate_all("(all) => all.map((node) => node.id)")
     assert len(ids) == len(set(ids))
     for explorer in (schedule, penalty):

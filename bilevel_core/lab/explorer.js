@@ -203,9 +203,9 @@
         legendKey = names;
         legend.replaceChildren(
           ...named.map((line) => {
-            const style = panel.roles[line.role], swatch = svg("svg", { width: 26, height: 12, "aria-hidden": "true" });
+            const style = panel.roles[line.role], swatch = svg("svg", { width: line.shape === "points" ? 10 : 26, height: 12, "aria-hidden": "true" });
             const colour = `var(--blx-${line.role})`;
-            if (line.shape === "points") swatch.append(svg("circle", { cx: 13, cy: 6, r: 4, style: `fill:${colour}` }));
+            if (line.shape === "points") swatch.append(svg("circle", { cx: 5, cy: 6, r: 4, style: `fill:${colour}` }));
             else {
               if (line.shape === "area") swatch.append(svg("rect", { width: 26, height: 12, style: `fill:${colour};opacity:.13` }));
               swatch.append(svg("path", { d: line.shape === "vline" ? "M13,0V12" : "M0,6H26", style: `stroke:${colour};stroke-width:${style.width};stroke-dasharray:${style.dash || "none"}` }));

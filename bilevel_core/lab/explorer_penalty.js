@@ -28,6 +28,7 @@ const law = (strength, lambda, moments) => {
   }
   let sum = 0, gain = 0, eUp = 0, eLow = 0;
   for (let i = 0; i < n; i += 1) {
+    if (a[i] < top - 50) continue;
     const p = Math.exp(a[i] - top);
     sum += p;
     gain += p * (a[i] - logP0[i]);
@@ -57,13 +58,23 @@ if (memo.gamma !== gamma) {
     const tilted = law(1 / gamma, lambda);
     return [penalty(lambda, memo.stars[i], tilted), slope(memo.stars[i], tilted)];
   });
-  let from = Math.log(data.lams[0]), to = Math.log(data.lams[1]);
-  for (let i = 0; i < 50; i += 1) {
-    const middle = (from + to) / 2, lambda = Math.exp(middle);
-    if (slope(law(0, lambda), law(1 / gamma, lambda)) < 0) from = middle;
-    else to = middle;
+  // the root of the slope, by false position with halving (Illinois), from the bracket that the curve gives
+  const at = Math.max(1, memo.curve.findIndex((c) => c[1] >= 0));
+  let [a0, a1] = [memo.lams[at - 1], memo.lams[at]], [f0, f1] = [memo.curve[at - 1][1], memo.curve[at][1]], side = 0;
+  for (let i = 0; i < 60 && a1 - a0 > 1e-11; i += 1) {
+    const middle = (a0 * f1 - a1 * f0) / (f1 - f0), f = slope(law(0, middle), law(1 / gamma, middle));
+    memo.best = middle;
+    if (Math.abs(f) < 1e-11 * gamma) break;
+    if (f < 0) {
+      [a0, f0] = [middle, f];
+      if (side < 0) f1 /= 2;
+      side = -1;
+    } else {
+      [a1, f1] = [middle, f];
+      if (side > 0) f0 /= 2;
+      side = 1;
+    }
   }
-  memo.best = Math.exp((from + to) / 2);
   memo.bestValue = penalty(memo.best, law(0, memo.best), law(1 / gamma, memo.best));
 }
 const star = law(0, lam, true), tilted = law(1 / gamma, lam, true);

@@ -87,14 +87,14 @@ if (!message && abar[T] > data.terminal) {
 const logSnr = snr(abar);
 return {
   abar: [
-    { label: "the default q", x: u, y: usual, role: "base", shape: "line" },
+    { label: "default q", x: u, y: usual, role: "base", shape: "line" },
     { label: "this q", x: u, y: abar, role: "star", shape: "line" },
-    { label: "the digits below", x: dots, y: at(abar, 0), role: "star", shape: "points" },
+    { label: "digits below", x: dots, y: at(abar, 0), role: "star", shape: "points" },
   ],
   snr: [
-    { label: "the default q", x: u.slice(1), y: snr(usual), role: "base", shape: "line" },
+    { label: "default q", x: u.slice(1), y: snr(usual), role: "base", shape: "line" },
     { label: "this q", x: u.slice(1), y: logSnr, role: "star", shape: "line" },
-    { label: "the digits below", x: dots.slice(1), y: at(logSnr, 1), role: "star", shape: "points" },
+    { label: "digits below", x: dots.slice(1), y: at(logSnr, 1), role: "star", shape: "points" },
   ],
   digits: steps.map((t) => ({
     label: `u = ${g(t / T)}`,

@@ -220,12 +220,12 @@ class Explorer:
         fallback = "This figure has sliders and needs JavaScript." + (
             f" At its first setting: {shown}." if shown else ""
         )
-        caption = f"<figcaption>{_markup(self.caption, True)}</figcaption>" if self.caption else ""
+        caption = f'<div class="blx-caption">{_markup(self.caption, True)}</div>' if self.caption else ""
         element = f"blx-{self.name}"
         return (
             f"<style>{css}</style>"
-            f'<figure class="blx" id="{element}" aria-label="{html.escape(self.alt, quote=True)}">'
-            f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</figure>'
+            f'<div class="blx" id="{element}" role="figure" aria-label="{html.escape(self.alt, quote=True)}">'
+            f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</div>'
             f"<script>{runtime}\n"
             f'window.{key}.mount("{element}", {embed_json(spec)}, (values, data, memo) => {{\n{_slim(self.js)}\n}});'
             "</script>"
@@ -670,14 +670,14 @@ def schedule_explorer(digit: Tensor | Sequence[Sequence[float]], noise_seed: int
         u, snr = torch.arange(T + 1, dtype=torch.float64) / T, schedules.log_snr(abar)
         return {
             "abar": [
-                Line("the default q", u, usual, "base"),
+                Line("default q", u, usual, "base"),
                 Line("this q", u, abar, "star"),
-                Line("the digits below", u[frames], abar[frames], "star", "points"),
+                Line("digits below", u[frames], abar[frames], "star", "points"),
             ],
             "snr": [
-                Line("the default q", u[1:], schedules.log_snr(usual)[1:], "base"),
+                Line("default q", u[1:], schedules.log_snr(usual)[1:], "base"),
                 Line("this q", u[1:], snr[1:], "star"),
-                Line("the digits below", u[frames[1:]], snr[frames[1:]], "star", "points"),
+                Line("digits below", u[frames[1:]], snr[frames[1:]], "star", "points"),
             ],
             "digits": [Image(f"u = {u[t]:g}", schedules.noise(x0, eps, abar[t])) for t in frames],
             "readout": [
