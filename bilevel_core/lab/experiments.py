@@ -1,5 +1,6 @@
 """The experiments that chapters record: resumable by piece, each piece a JSON file with its configuration."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,7 @@ def sampling_study(
     name: str,
     *,
     seeds: int,
+    ends: Sequence[float],
     train_steps: int,
     batch_size: int,
     T: int,
@@ -99,60 +101,52 @@ def sampling_study(
     device: torch.device | str = "cpu",
     force: bool = False,
 ) -> list[dict]:
-    """Quality of samples against the number of DDIM steps and eta, for `seeds` denoisers trained from scratch.
+    """Quality of samples against the schedule's end, the number of DDIM steps and eta; a denoiser per end and seed.
 
     name   one of IMAGES
+    ends   values of `end` in the cosine schedule, the other parameters at their defaults
     n      samples for each row; force=True allows too few for a distance (its numbers then mean nothing)
     folder where checkpoints and pieces live; a killed study goes on there
-    Returns a row for each seed, grid and eta: Frechet distance and KID of the classifier's features to those of the
-    test split, classifier score, cost units of sampling; and for each seed the cost of its training.
+    Returns a row for each seed, end, grid and eta: Frechet distance and KID of the classifier's features to those of
+    the test split, classifier score, cost units of training and of sampling, and seconds.
     """
     dataset, side, size, classifier_name = IMAGES[name]
-    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
+    classifier = networks.load_classifier(classifier_name).to(device)
+    weights = networks.classifier_card(classifier_name)["sha256"][f"classifier_{classifier_name}.safetensors"]
+    shared = {"name": name, "size": size, "train_steps": train_steps, "batch_size": batch_size, "T": T, "n": n}
+    shared |= {"grids": list(grids), "etas": list(etas), "classifier": weights}
+
+    def compute(seed: int, end: float) -> dict:
+        q = torch.tensor(schedules.DEFAULT_Q["cosine"], dtype=torch.float64)
+        q[1] = end
+        schedules.check(q, T)
+        abar = schedules.abar(q, T)
+        x0, _ = data.load(dataset, "train", side)
+        bar, path = f"{name}, end {end:g}, seed {seed}: training", folder / f"{name}_{end:g}_{seed}.safetensors"
+        options = {"steps": train_steps, "batch_size": batch_size, "seed": seed, "path": path, "bar": bar}
+        state = train_denoiser(x0.to(device), abar, size, **options)
+        if dataset == "mnist":
+            reference = networks.reference_features(classifier_name, "test")
+        else:
+            reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
+        found = []
+        for grid, eta in itertools.product(grids, etas):
+            meter, ts = CostMeter(state.ema.eval()), timesteps(T, grid)
+            images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
+            with torch.no_grad():
+                features = torch.cat([classifier.features(x) for x in images.split(1000)])
+                logits = classifier.head(features).cpu()
+            row = {"seed": seed, "end": end, "steps": grid, "eta": eta, "cost": meter.cost}
+            row["frechet"] = metrics.frechet(features.double().cpu(), reference, force=force)
+            row["kid"] = metrics.kid(features.double().cpu(), reference, seed=seed)[0]
+            row["score"] = metrics.classifier_score(logits)
+            found.append(row)
+        loss = sum(state.losses[-100:]) / len(state.losses[-100:])
+        return {"rows": found, "train_cost": state.cost, "final_loss": loss}
+
     rows = []
-    for seed in range(seeds):
-        config = {
-            "name": name,
-            "size": size,
-            "seed": seed,
-            "train_steps": train_steps,
-            "batch_size": batch_size,
-            "T": T,
-            "n": n,
-        }
-        config |= {"grids": list(grids), "etas": list(etas)}
-
-        def compute(seed: int = seed) -> dict:
-            x0, _ = data.load(dataset, "train", side)
-            bar = f"{name}, seed {seed}: training"
-            path = Path(folder) / f"{name}_{seed}.safetensors"
-            options = {"steps": train_steps, "batch_size": batch_size, "seed": seed, "path": path, "bar": bar}
-            state = train_denoiser(x0.to(device), abar, size, **options)
-            classifier = networks.load_classifier(classifier_name).to(device)
-            if dataset == "mnist":
-                reference = networks.reference_features(classifier_name, "test")
-            else:
-                reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
-            found = []
-            for grid in grids:
-                for eta in etas:
-                    meter = CostMeter(state.ema.eval())
-                    ts = timesteps(T, grid)
-                    images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
-                    features = torch.cat([classifier.features(x) for x in images.split(1000)]).double().cpu()
-                    found.append(
-                        {
-                            "seed": seed,
-                            "steps": grid,
-                            "eta": eta,
-                            "frechet": metrics.frechet(features, reference, force=force),
-                            "kid": metrics.kid(features, reference, seed=seed)[0],
-                            "score": metrics.classifier_score(classifier.head(features.float().to(device)).cpu()),
-                            "cost": meter.cost,
-                        }
-                    )
-            return {"rows": found, "train_cost": state.cost, "final_loss": sum(state.losses[-100:]) / 100}
-
-        found = piece(Path(folder) / f"{name}_{seed}.json", config, compute)
+    for seed, end in itertools.product(range(seeds), ends):
+        config = shared | {"seed": seed, "end": end}
+        found = piece(folder / f"{name}_{end:g}_{seed}.json", config, lambda s=seed, e=end: compute(s, e))
         rows += [row | {"train_cost": found["train_cost"], "wall_s": found["wall_s"]} for row in found["rows"]]
     return rows

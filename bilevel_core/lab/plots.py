@@ -1,6 +1,7 @@
 """The book's figures and tables: one style, colours that the colour-blind can tell apart, the same roles everywhere."""
 
 import html
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ CYCLE = [COLOURS[role] for role in ("star", "gamma", "reward", "warn", "base")]
 
 def style() -> None:
     """Sets matplotlib up for the book; call it once in a notebook, after its imports."""
+    # torch's own notice, printed at the first torch.func call, is of no use to a reader.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.2),
