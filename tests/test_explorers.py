@@ -385,11 +385,13 @@ def test_two_explorers_on_a_page_by_keyboard(page, schedule, penalty):
     other = curve(page, "penalty")
     end, before = page.get_by_role("slider", name="end"), curve(page, "schedule")
     assert end.get_attribute("aria-valuetext") == "1.00"
+    page.evaluate("document.addEventListener('keydown', (e) => { document.title = e.key; })")  # as a notebook would
     end.focus()
     assert end.evaluate("(node) => getComputedStyle(node).outlineStyle") == "solid"
     for _ in range(30):
         page.keyboard.press("ArrowLeft")
     settle(page)
+    assert page.title() == "explorers", "the notebook around must not see the slider's keys"
     assert end.get_attribute("aria-valuetext") == "0.70" and curve(page, "schedule") != before
     assert "is above 0.001" in page.locator("#blx-schedule [role=status]").inner_text()
     assert shown(page, "schedule")[0] == "0.203"

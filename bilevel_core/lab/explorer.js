@@ -375,6 +375,11 @@
       start();
       request();
     });
+    // keys move a slider, not the notebook around it (the attribute is JupyterLab's, the event the older ones')
+    root.setAttribute("data-lm-suppress-shortcuts", "true");
+    root.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+    });
     root.querySelector(".blx-fallback").replaceWith(app);
     start();
     draw();

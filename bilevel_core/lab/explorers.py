@@ -577,7 +577,9 @@ def _live(explorer: Explorer) -> Any:
             widgets[control.name].observe(changed, names="value")
     button = ipywidgets.Button(description="Reset")
     button.on_click(reset)
-    box = ipywidgets.Layout(display="grid", grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))")
+    box = ipywidgets.Layout(
+        display="grid", grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))", grid_gap="4px 18px"
+    )
     parts = [ipywidgets.GridBox([*widgets.values(), button], layout=box), readout, picture]
     if explorer.title:
         parts.insert(0, ipywidgets.HTML(f"<b>{_markup(explorer.title, True)}</b>"))
