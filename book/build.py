@@ -252,6 +252,7 @@ def stage(src: Path, config: dict[str, Any], executed: dict[str, Path], address:
         nbformat.write(nb, src / "notebooks" / f"{name}.ipynb")
     shutil.copy(ROOT / "_toc.yml", src)
     vendor_mathjax(src / "_vendor" / "jslib" / "mathjax")
+    shutil.move(src / "book" / "site.css", src / "_vendor" / "site.css")
     config = {**config, "repository": {"url": address.url if address else "", "branch": "colab"}}
     if address is None or address.colab("") is None:
         config.pop("launch_buttons", None)

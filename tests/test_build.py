@@ -255,14 +255,24 @@ def test_a_kernel_that_dies_is_reported(build, tree):
         build.execute("one", "smoke", tree / "out", force=False)
 
 
-def test_command_line_says_what_it_does_and_refuses_unknown_profiles():
-    run = [sys.executable, str(ROOT / "book" / "build.py")]
-    help_text = subprocess.run([*run, "--help"], capture_output=True, text=True)
-    assert help_text.returncode == 0
-    assert "--export-colab" in help_text.stdout
-    wrong = subprocess.run([*run, "--profile", "fast"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "choose from" in wrong.stderr
+def test_command_line_says_what_it_does_and_refuses_unknown_profiles(build, capsys):
+    with pytest.raises(SystemExit) as caught:
+        build.main(["--help"])
+    assert caught.value.code == 0
+    assert "--export-colab" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        build.main(["--profile", "fast"])
+    assert caught.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_a_failed_build_ends_with_its_reason(build, monkeypatch, capsys):
+    def fail(profile: str, force: bool) -> None:
+        raise build.BuildError("notebooks/one.ipynb failed")
+
+    monkeypatch.setattr(build, "build", fail)
+    assert build.main([]) == 1
+    assert "build failed: notebooks/one.ipynb failed" in capsys.readouterr().err
 
 
 def test_make_refuses_unknown_profiles_and_old_pythons(tmp_path):
