@@ -276,7 +276,7 @@ def test_parameters_are_commented_literals(path):
     for node in ast.parse(text).body:
         assert isinstance(node, ast.Assign), ast.unparse(node)
         json.dumps(names.setdefault(node.targets[0].id, ast.literal_eval(node.value)))
-        lines = text.splitlines()[node.lineno - 2 : node.end_lineno]
+        lines = text.splitlines()[max(0, node.lineno - 2) : node.end_lineno]
         assert any("#" in line for line in lines), f"{node.targets[0].id} has no comment"
     assert names["PROFILE"] == "quick"
 
