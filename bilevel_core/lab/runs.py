@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
-PROFILES = ("smoke", "quick", "full")
-TIERS = PROFILES  # in rising order: smoke checks the code, quick illustrates, full may be quoted
+# In rising order: smoke checks the code, quick is live in the book, recorded takes up to hours on two cores and is
+# committed under book/results, full wants a GPU. A chapter without a recorded study has no such profile.
+PROFILES = ("smoke", "quick", "recorded", "full")
+TIERS = PROFILES
 SCHEMA_NAME = "bilevel-result/1"
 
 RESULT_SCHEMA: dict[str, Any] = {
@@ -427,7 +429,7 @@ def write_result(
 ) -> Path:
     """Record a result as book/results/<name>.json, with its provenance: atomic, checked by RESULT_SCHEMA.
 
-    tier      "smoke", "quick" or "full"; a result is never replaced by one of a lower tier
+    tier      "smoke", "quick", "recorded" or "full"; a result is never replaced by one of a lower tier
     data      JSON-able numbers; tensors and arrays become lists; NaN and infinity are refused
     P         the resolved parameters (what `parameters` returned)
     seeds     every seed used

@@ -1,5 +1,6 @@
 """Resumable loops: a checkpoint every so often, so that a killed run loses little and ends where it would have."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ def checkpointed(
     loop   a generator that advances `state` in place and reads it only once started (as `train_score` does)
     steps  the number of the last step, for the progress bar
     every  steps between checkpoints; one more is written at the end, and when the caller stops early
-    bar    title of a progress bar, None for no bar
+    bar    title of a progress bar, None for no bar; the book's build shows none
     A run killed at any moment continues with the identical result: checkpoints are replaced as a whole.
     """
     from tqdm.auto import tqdm
@@ -41,7 +42,8 @@ def checkpointed(
     if path.exists():
         state.load(*runs.load_state(path))
     saved = state.step
-    progress = tqdm(total=steps, initial=state.step, desc=bar, disable=bar is None, mininterval=1)
+    hidden = bar is None or os.environ.get("BILEVEL_STATIC") == "1"
+    progress = tqdm(total=steps, initial=state.step, desc=bar, disable=hidden, mininterval=1)
     try:
         for record in loop:
             if state.step - saved >= every:
