@@ -74,7 +74,10 @@ def test_profile_expands_what_was_not_set(project):
         ({"step": 5}, "unknown parameter 'step' passed by papermill: did you mean 'steps'"),
         ({"profile": "full"}, "did you mean 'PROFILE'"),
         ({"zzz": 5}, "known are PROFILE, data, steps"),
-        ({"PROFILE": "fast"}, "PROFILE = 'fast' is not allowed: it must be one of 'smoke', 'quick', 'recorded', 'full'"),
+        (
+            {"PROFILE": "fast"},
+            "PROFILE = 'fast' is not allowed: it must be one of 'smoke', 'quick', 'recorded', 'full'",
+        ),
         ({"data": "cifar"}, "data = 'cifar' is not allowed: it must be one of 'digits', 'mnist8'"),
         ({"steps": 0}, "steps = 0 is not allowed: it must be a whole number, at least 1 and at most 1000"),
         ({"steps": 2.5}, "steps = 2.5 is not allowed"),

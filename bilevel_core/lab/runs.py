@@ -110,9 +110,7 @@ def work_dir(path: str | Path | None = "") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
-            f"work_dir {str(folder)!r} cannot be created ({error}): choose a writable folder"
-        ) from error
+        raise OSError(f"work_dir {str(folder)!r} cannot be created ({error}): choose a writable folder") from error
     return folder
 
 
@@ -140,9 +138,7 @@ def parameters(notebook: str, scope: Mapping[str, Any], **rules: Any) -> SimpleN
                 raise ValueError(f"unknown parameter {name!r} {where}{_suggest(name, names)}")
     missing = [name for name in names if name not in scope]
     if missing:
-        raise ValueError(
-            f"parameter {missing[0]!r} of {notebook} has no value: define it in the parameters cell"
-        )
+        raise ValueError(f"parameter {missing[0]!r} of {notebook} has no value: define it in the parameters cell")
 
     profile = _check("PROFILE", scope["PROFILE"], PROFILES)
     quick, chosen = _profile(notebook, "quick", names), _profile(notebook, profile, names)
@@ -329,9 +325,7 @@ def choose_device(name: str = "auto") -> torch.device:
             "(in Colab: Runtime > Change runtime type > GPU; elsewhere check nvidia-smi)"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"device = {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0"
-        )
+        raise RuntimeError(f"device = {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
     if device.type == "mps" and not has_mps:
         raise RuntimeError("device = 'mps', but torch sees no Apple GPU: set device = 'auto' or 'cpu'")
     return device
