@@ -35,6 +35,7 @@ from bilevel_core.lab import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+PROFILES = ("smoke", "quick", "full")  # those that every notebook has
 UNFILLED = 'REPOSITORY, REF = "", ""'
 COLAB = "https://colab.research.google.com"
 COLAB_BADGE = f"{COLAB}/assets/colab-badge.svg"  # what the notebooks on Colab show
@@ -369,7 +370,7 @@ def export_colab(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=runs.PROFILES, default="quick", help="parameters of the notebooks")
+    parser.add_argument("--profile", choices=PROFILES, default="quick", help="parameters of the notebooks")
     parser.add_argument("--force", action="store_true", help="execute every notebook again")
     parser.add_argument("--export-colab", metavar="DIR", type=Path, help="only write the notebooks for Colab")
     options = parser.parse_args(argv)
