@@ -14,6 +14,7 @@ from ..algorithms import ScoreTraining, train_score
 from ..guidance import CostMeter
 from ..samplers import draw_x_T, sample_ddim, timesteps
 from . import data, metrics, networks, runs
+from .fast import fast
 from .training import checkpointed
 
 # name: data set, side, denoiser, classifier whose features measure
@@ -108,7 +109,8 @@ def sampling_study(
     n      samples for each row; force=True allows too few for a distance (its numbers then mean nothing)
     folder where checkpoints and pieces live; a killed study goes on there
     Returns a row for each seed, end, grid and eta: Frechet distance and KID of the classifier's features to those of
-    the test split, classifier score, cost units of training and of sampling, and seconds.
+    the test split, classifier score, cost units of training and of sampling, the mean loss of the last 100 training
+    steps, and seconds.
     """
     dataset, side, size, classifier_name = IMAGES[name]
     classifier = networks.load_classifier(classifier_name).to(device)
@@ -129,9 +131,11 @@ def sampling_study(
             reference = networks.reference_features(classifier_name, "test")
         else:
             reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
+        network = state.ema.eval()
+        sampler = fast(network, x0[:1]) if torch.device(device).type == "cpu" else network
         found = []
         for grid, eta in itertools.product(grids, etas):
-            meter, ts = CostMeter(state.ema.eval()), timesteps(T, grid)
+            meter, ts = CostMeter(sampler), timesteps(T, grid)
             images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
             with torch.no_grad():
                 features = torch.cat([classifier.features(x) for x in images.split(1000)])
@@ -148,5 +152,6 @@ def sampling_study(
     for seed, end in itertools.product(range(seeds), ends):
         config = shared | {"seed": seed, "end": end}
         found = piece(folder / f"{name}_{end:g}_{seed}.json", config, lambda s=seed, e=end: compute(s, e))
-        rows += [row | {"train_cost": found["train_cost"], "wall_s": found["wall_s"]} for row in found["rows"]]
+        about = {key: found[key] for key in ("train_cost", "final_loss", "wall_s")}
+        rows += [row | about for row in found["rows"]]
     return rows
