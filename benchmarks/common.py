@@ -24,7 +24,7 @@ def options(description: str, *, batch: int, steps: int, steps_help: str) -> arg
     parser.add_argument("--sizes", nargs="+", default=["mnist28", "small", "tiny"], choices=networks.SIZES)
     parser.add_argument("--batch", type=int, default=batch, help="images in a batch")
     parser.add_argument("--steps", type=int, default=steps, help=steps_help)
-    parser.add_argument("--repeats", type=int, default=7, help="times that every variant is measured, in turn")
+    parser.add_argument("--repeats", type=int, default=5, help="times that every variant is measured, in turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--memory", nargs=2, metavar=("SIZE", "VARIANT"), help=argparse.SUPPRESS)
@@ -114,9 +114,7 @@ def _peak_mib(status: Path) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns; the first two to the left."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, ["-" * width for width in widths], *rows]:
-        cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+def print_row(*cells: str, widths: Sequence[int] = (14, 14, 9, 19, 12, 6)) -> None:
+    """One line of the table, at once; the first two columns to the left."""
+    padded = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(cells, widths, strict=True))]
+    print("  ".join(padded).rstrip(), flush=True)

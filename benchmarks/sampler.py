@@ -63,7 +63,8 @@ def main() -> None:
         run = variants(size, args)[variant]()
         return common.print_memory(run, args.device)
     print(common.header(args, "sampling"))
-    rows, notes = [], []
+    common.print_row("network", "variant", "ms a step", "ratio", "cost units/s", "MiB")
+    notes = []
     for size in args.sizes:
         runs = {}
         for name, prepare in variants(size, args).items():
@@ -81,8 +82,7 @@ def main() -> None:
             per_step = statistics.median(seconds[name]) / args.steps
             memory = "" if name == COMPILED else common.memory_of(args, size, name)
             ratio, units = common.ratios(seconds[name], seconds[BARE]), f"{args.batch / per_step:,.0f}"
-            rows.append([size, name, f"{per_step * 1e3:.1f}", ratio, units, memory])
-    common.print_table(["network", "variant", "ms a step", "ratio", "cost units/s", "MiB"], rows)
+            common.print_row(size, name, f"{per_step * 1e3:.1f}", ratio, units, memory)
     print("\n" + "\n".join(notes))
 
 

@@ -50,21 +50,20 @@ def variants(size: str, args) -> dict[str, Callable[[], Callable[[], None]]]:
 
 
 def main() -> None:
-    parser = common.options(__doc__, batch=128, steps=5, steps_help="training steps in a run")
+    parser = common.options(__doc__, batch=128, steps=3, steps_help="training steps in a run")
     args = common.parse(parser)
     if args.memory:
         size, variant = args.memory
         return common.print_memory(variants(size, args)[variant](), args.device)
     print(common.header(args, "training"))
-    rows = []
+    common.print_row("network", "variant", "steps/s", "ratio of time", "cost units/s", "MiB")
     for size in args.sizes:
         runs = {name: prepare() for name, prepare in variants(size, args).items()}
         seconds = common.interleave(runs, args.repeats, args.device)
         for name in runs:
             rate = args.steps / statistics.median(seconds[name])
             ratio, units = common.ratios(seconds[name], seconds[BARE]), f"{3 * args.batch * rate:,.0f}"
-            rows.append([size, name, f"{rate:.2f}", ratio, units, common.memory_of(args, size, name)])
-    common.print_table(["network", "variant", "steps/s", "ratio of time", "cost units/s", "MiB"], rows)
+            common.print_row(size, name, f"{rate:.2f}", ratio, units, common.memory_of(args, size, name))
 
 
 if __name__ == "__main__":
