@@ -26,7 +26,7 @@ def variants(size: str, args) -> dict[str, Callable[[], Callable[[], None]]]:
     def bare() -> Callable[[], None]:
         denoiser = networks.Denoiser(size).to(args.device)
         optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
-        x_t = eps = x0[: args.batch]
+        x_t, eps = torch.randn(2, *x0[: args.batch].shape, generator=generator).to(args.device)
 
         def steps() -> None:
             for _ in range(args.steps):

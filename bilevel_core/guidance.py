@@ -28,6 +28,19 @@ def eps_from_x0(denoise_x0: Callable[[Tensor, int | Tensor], Tensor], abar: Tens
     return denoiser
 
 
+def clip_x0(denoiser: Callable[[Tensor, int | Tensor], Tensor], abar: Tensor, limit: float = 1.0) -> Callable:
+    """A denoiser whose x0_hat stays in [-limit, limit]: eps_hat is recomputed from the clipped estimate.
+
+    abar (T+1,). Exact for data in that range if the denoiser is; keeps an error of eps_hat from being amplified by
+    1/sqrt(abar_t). (In diffusers: clip_sample with use_clipped_model_output.) No gradient where the clip acts.
+    """
+
+    def denoise_x0(x: Tensor, t: int | Tensor) -> Tensor:
+        return x0_from_eps(x, denoiser(x, t), abar[t]).clamp(-limit, limit)
+
+    return eps_from_x0(denoise_x0, abar)
+
+
 class CostMeter:
     """A denoiser that counts what it costs, in units of one image through one forward pass.
 

@@ -314,6 +314,8 @@ def build(profile: str, force: bool = False) -> Path:
     os.environ["BILEVEL_STATIC"] = "1"  # the notebooks' explorers emit pages that work without a kernel
     os.environ["BILEVEL_ROOT"] = str(ROOT)
     os.environ.pop("BILEVEL_COLAB", None)
+    if profile != "full":  # the small profiles' networks are too small for threads to help
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     executed: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     width = max(map(len, names), default=0)

@@ -284,3 +284,12 @@ def test_x0_and_eps_are_two_views_of_one_prediction():
     eps_hat = guidance.eps_from_x0(denoise_x0, ABAR)(x, t)
     torch.testing.assert_close(guidance.x0_from_eps(x, eps_hat, ABAR[t]), denoise_x0(x, t))
     torch.testing.assert_close(schedules.noise(denoise_x0(x, t), eps_hat, ABAR[t]), x)
+
+
+def test_clipping_x0_bounds_the_guess_and_changes_nothing_inside():
+    x, t = torch.randn(50, 2, dtype=torch.float64), 15
+    denoiser = lambda x, t: 0.5 * x  # noqa: E731
+    plain = guidance.x0_from_eps(x, denoiser(x, t), ABAR[t])
+    clipped = guidance.x0_from_eps(x, guidance.clip_x0(denoiser, ABAR, 0.7)(x, t), ABAR[t])
+    assert (plain.abs() > 0.7).any() and (plain.abs() < 0.7).any()
+    torch.testing.assert_close(clipped, plain.clamp(-0.7, 0.7))
