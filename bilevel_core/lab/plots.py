@@ -95,10 +95,11 @@ class Table:
 
     def _repr_html_(self) -> str:
         def line(cells: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            style = 'style="padding: 0.2em 0.7em; text-align: right"'
+            return "<tr>" + "".join(f"<{tag} {style}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         tier, note = self.caption.split(": ", 1)
-        caption = f'<caption style="caption-side: bottom"><b>{tier}</b>: {html.escape(note)}</caption>'
+        caption = f'<caption style="caption-side: bottom; min-width: 20em"><b>{tier}</b>: {html.escape(note)}</caption>'
         body = "".join(line(row, "td") for row in self.body)
         return f'<table class="dataframe">{caption}<thead>{line(self.head, "th")}</thead><tbody>{body}</tbody></table>'
 
