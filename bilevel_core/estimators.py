@@ -267,9 +267,10 @@ def _tilt(log_w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | None = None) -> dict:
     ess, warning = 1 / sum_of_squares.item(), None
     if ess < MIN_ESS:
+        at = ", ".join(f"{float(value):g}" for value in torch.as_tensor(lam).reshape(-1))
         warning = (
-            f"the effective sample size is {ess:.1f} at lam = {torch.as_tensor(lam, dtype=torch.float64).tolist()}: "
-            "reweighting these samples says little here; raise lam, draw more samples, or draw them guided or as particles at this lam"
+            f"the effective sample size is {ess:.1f} at lam = {at}: reweighting these samples says little here; "
+            "raise lam, draw more samples, or draw them guided or as particles at this lam"
         )
         warnings.warn(warning, stacklevel=3)
     info = {"ess": ess, "warning": warning}
