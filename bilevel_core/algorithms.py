@@ -233,7 +233,8 @@ def learn_lam(
     for outer in loop:
         x, now, info, grad = outer.x, outer.p_star, outer.info, outer.grad.item()
         lam = x.exp().item()
-        se, ess, done = float(info["se"]), min(info["ess"], now.tilt(lam)[1]["ess"]), None
+        p, tilted = now.tilt(lam)
+        se, ess, done = float(info["se"]), min(info["ess"], tilted["ess"]), None
         if (x <= reach and grad > 0) or (x >= high and grad < 0):
             where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
             done = f"boundary at lam = {lam:.4g}: the optimum is {where}"
@@ -241,10 +242,9 @@ def learn_lam(
             done = f"converged at lam = {lam:.4g}"
         if callable(gamma) and gamma(outer.k + 1) != outer.gamma:
             done = None
-        p, tilted = now.tilt(lam)
-        up, low_mean = (p * now.r_up).sum().item(), (p * now.r_low).sum().item()
-        up_se = (p * (now.r_up - up)).norm().item()
-        measured = (up, up_se, low_mean, tilted["kl"], ess, now.cost, now.round)
+        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
+        up, up_se = (p @ r_up).item(), (p * (r_up - p @ r_up)).norm().item()
+        measured = (up, up_se, (p @ r_low).item(), tilted["kl"], ess, now.cost, now.round)
         yield LamStep(outer.k, lam, grad / lam, se, outer.gamma, *measured, done, info["warning"], outer)
         if done:
             return
@@ -261,7 +261,7 @@ def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: 
         return low
     if not enough(high):
         raise ValueError(f"{len(samples.r_low)} samples have no effective sample size of {min_ess:g}: draw more")
-    for _ in range(50):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

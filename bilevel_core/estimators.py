@@ -158,15 +158,16 @@ def lam_curve(
     lams   (m,) increasing, > 0; None: 161 values over eight decades around the spread of r_low
     z      quantile of the interval, 1.96 for 95 %;  the other arguments as in `lam_grad_penalty`
     Kept are the values with ESS >= min_ess. "best" maximises over them; "interval" holds the neighbouring lambda at
-    which the gradient (C) is within z standard errors of zero. "boundary" is "low" or "high" (then best is 0 or
-    infinity if the kept values end where `lams` does; else their end, since the samples reach no further), or None;
-    "said" puts it in words. Raises ValueError as `lam_grad_penalty`, and if fewer than 3 values have enough ESS.
+    which the gradient (C) is within z standard errors of zero (asymptotic: a few thousand samples make it somewhat too
+    narrow). "boundary" is "low" or "high" (then best is 0 or infinity if the kept values end where `lams` does; else
+    their end, since the samples reach no further), or None; "said" puts it in words. Raises ValueError as
+    `lam_grad_penalty`, and if fewer than 3 values have enough ESS.
     """
     r_up, rows, _, log_w = _inputs(r_up, r_low, 1.0, log_w, rewards=1)
     low = rows[0]
     if lams is None:
         lams = low.std() * torch.logspace(-4, 4, 161, dtype=torch.float64)
-    lams = torch.as_tensor(lams, dtype=torch.float64)
+    lams = torch.as_tensor(lams, dtype=torch.float64, device="cpu")
     if lams.dim() != 1 or not (lams > 0).all() or not (lams.diff() > 0).all():
         raise ValueError("lams must be a vector of positive, increasing values")
 
@@ -229,11 +230,12 @@ def _inputs(
     gamma: float = 1.0,
     rewards: int | None = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r_up (n,), r_low (m, n), lam (m,) and log_w (n,) in float64, checked. rewards: m, None for any, 0 for a tilt."""
-    r_up, r_low = (torch.as_tensor(r, dtype=torch.float64) for r in (r_up, r_low))
-    lam = torch.as_tensor(lam, dtype=torch.float64, device=r_up.device)
+    """r_up (n,), r_low (m, n), lam (m,) and log_w (n,) in float64 on the CPU, checked. rewards: m, None for any, 0 for a tilt."""
     n = r_up.shape[-1] if r_up.dim() else 0
-    log_w = r_up.new_full((n,), -math.log(max(n, 1))) if log_w is None else torch.as_tensor(log_w, dtype=torch.float64)
+    log_w = torch.full((n,), -math.log(max(n, 1)), dtype=torch.float64) if log_w is None else log_w
+    r_up, r_low, lam, log_w = (
+        torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (r_up, r_low, lam, log_w)
+    )
     if r_up.shape != (n,) or r_low.shape != (*lam.shape, n) or lam.dim() > 1 or log_w.shape != (n,):
         shapes = [tuple(value.shape) for value in (r_up, r_low, lam, log_w)]
         raise ValueError(f"r_up (n,), r_low (n,) or (m, n), lam () or (m,), log_w (n,) have the shapes {shapes}")

@@ -78,7 +78,7 @@ def test_the_released_est1_stops_where_the_reward_has_fallen_back(gamma, root):
 
 def test_several_lower_rewards_give_a_covariance_vector():
     """p_0 = N(0, I_2), r_low_j = x_j: p_star = N((1/lam_1, 1/lam_2), I), r_up = -|x - c|^2/2; by quadrature."""
-    axis = torch.linspace(-9, 12, 106, dtype=torch.float64)
+    axis = torch.linspace(-9, 12, 71, dtype=torch.float64)
     x, y = (v.flatten() for v in torch.meshgrid(axis, axis, indexing="ij"))
     log_w = (-(x**2 + y**2) / 2).log_softmax(0)
     lam, c = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.tensor([1.0, 0.8], dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_several_lower_rewards_give_a_covariance_vector():
     grad, info = estimators.lam_grad_cov(r_up, torch.stack([x, y]), lam, log_w)
     torch.testing.assert_close(grad, (c - 1 / lam) / lam**2, rtol=1e-8, atol=1e-8)
     assert info["se"].shape == grad.shape
-    draws = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draws = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     r_up = -((draws - c[:, None]) ** 2).sum(0) / 2
     grad, info = estimators.lam_grad_cov(r_up, draws, 2 * lam)
     assert ((grad - (c - 0.5 / lam) / (4 * lam**2)).abs() < 4 * info["se"]).all()
@@ -99,7 +99,7 @@ def test_several_lower_rewards_give_a_covariance_vector():
 
 @pytest.mark.parametrize("lam", [0.8, 1.5, 6.0])
 @pytest.mark.parametrize("gamma", [1.0, 30.0, 1000.0])
-@pytest.mark.parametrize("n", [5_000, 40_000])
+@pytest.mark.parametrize("n", [4_000, 20_000])
 def test_monte_carlo_within_four_standard_errors(lam, gamma, n):
     r = rewards(n, 7)
     for (grad, info), exact in [
@@ -116,7 +116,7 @@ def test_monte_carlo_within_four_standard_errors(lam, gamma, n):
 def test_error_shrinks_as_the_root_of_n_and_the_standard_error_tells_it():
     spread = []
     for n in (500, 8_000):
-        runs = [estimators.lam_grad_penalty(*rewards(n, seed), 2.0, 10.0) for seed in range(100)]
+        runs = [estimators.lam_grad_penalty(*rewards(n, seed), 2.0, 10.0) for seed in range(80)]
         z = torch.stack([(grad - PROBLEM.penalty_grad(2.0, 10.0)) / info["se"] for grad, info in runs])
         assert 0.8 < z.square().mean().sqrt() < 1.25
         spread.append(torch.stack([grad for grad, _ in runs]).std().item())
@@ -172,6 +172,13 @@ def test_the_curve_finds_the_optimum_and_its_interval():
         assert (curve.ess >= estimators.MIN_ESS).all()
         widths.append(math.log(high / low))
     assert 2 < widths[0] / widths[1] < 5
+
+
+def test_the_interval_covers_the_optimum_about_as_often_as_it_says():
+    """Asymptotic: 89 % at n = 2,000 and 95 % at 32,000, over 200 and 80 batches; here fewer batches."""
+    lams = torch.logspace(-0.4, 0.8, 25, dtype=torch.float64)
+    intervals = [estimators.lam_curve(*rewards(2_000, seed), lams).interval for seed in range(100, 160)]
+    assert sum(low < 1.20841 < high for low, high in intervals) >= 0.8 * 60
 
 
 def test_an_optimum_at_the_boundary_is_said():

@@ -155,7 +155,7 @@ def test_released_target_matching_aims_at_a_value_and_not_at_the_tilted_law():
 # ---------------------------------------------------------------- the path-space KL
 
 
-@pytest.mark.parametrize("steps, expected", [(50, 0.584), (100, 0.541), (1000, 0.504)])
+@pytest.mark.parametrize("steps, expected", [(50, 0.584), (100, 0.541)])
 def test_path_kl_of_a_gaussian(steps, expected):
     """N(0, 1/4), slope 2: the KL of the tilt is 0.5. The guidance does not depend on x, so one path tells it."""
     law = oracles.Gaussian(torch.zeros(1, dtype=torch.float64), 0.25 * torch.eye(1, dtype=torch.float64))
@@ -181,7 +181,7 @@ def test_path_kl_is_infinite_without_noise():
 
 def test_the_path_estimator_is_right_for_the_h_transform_and_wrong_for_look_ahead():
     """1-D oracle, gamma = 10, lam = 1: (A) is -0.39; with the exact h-transform -0.41, with look-ahead +0.89."""
-    mixture, gamma, lam, n = oracles.Mixture1D(), 10.0, 1.0, 4000
+    mixture, gamma, lam, n = oracles.Mixture1D(), 10.0, 1.0, 2000
     plain = mixture.denoiser(ABAR)
     x_T = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

@@ -131,7 +131,7 @@ def test_particles_serve_as_samples():
             x, log_w, info = samplers.sample_particles(guide, x, abar, ts, generator=g)
         return algorithms.TiltSamples.from_tilt(upper(x), x, lam, log_w, info["log_z"], cost=n * (2 * T - 1))
 
-    reference = chain(40_000, 1)
+    reference = chain(20_000, 1)
     curve = estimators.lam_curve(upper(reference), reference)
     x = chain(n, 2)
     records = list(algorithms.learn_lam(algorithms.TiltSamples(upper(x), x, cost=n * T), 0.4, draw=draw, min_ess=300))

@@ -7,7 +7,7 @@ import torch
 
 from bilevel_core import guidance, oracles, samplers, schedules
 
-T = 30
+T = 20
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
 TS = samplers.timesteps(T, T)
 LAW = oracles.Gaussian(
@@ -44,10 +44,10 @@ def within(values, exact, sigmas=4.0):
 def test_gaussian_particles_have_the_law_of_the_tilted_chain(guided, eta, abar_T):
     """Mean, variance and log Z; with abar_T = 0.3 only because of the weight at the start."""
     abar = ABAR if abar_T is None else schedules.rescale_terminal(ABAR[: T // 2 + 1], abar_T)
-    ts = samplers.timesteps(len(abar) - 1, 10)
+    ts = samplers.timesteps(len(abar) - 1, 8)
     chain, lam = LAW.chain_law(abar, ts, eta), 0.8
     guide = guidance.LookAhead(LAW.denoiser(abar), lambda x: x @ SLOPE, lam, abar, ts)
-    runs = [particles(guide, (1000, 2), seed, abar, ts, eta=eta, guided=guided) for seed in range(24)]
+    runs = [particles(guide, (400, 2), seed, abar, ts, eta=eta, guided=guided) for seed in range(40)]
     means = torch.stack([log_w.exp() @ x for x, log_w, _ in runs])
     assert within(means, chain.tilt(SLOPE, lam).mean)
     squares = torch.stack([log_w.exp() @ (x - chain.tilt(SLOPE, lam).mean) ** 2 for x, log_w, _ in runs])
@@ -60,14 +60,14 @@ def test_gaussian_particles_have_the_law_of_the_tilted_chain(guided, eta, abar_T
 def test_guided_proposals_waste_fewer_particles():
     guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.3, ABAR, TS)
     sizes = [particles(guide, (500, 2), 1, guided=guided, threshold=0)[2] for guided in (True, False)]
-    assert sizes[0]["ess"][-1] > 5 * sizes[1]["ess"][-1]
+    assert sizes[0]["ess"][-1] > 2 * sizes[1]["ess"][-1]
     assert sizes[0]["resampled"] == sizes[1]["resampled"] == []
 
 
 # ---------------------------------------------------------------- a mixture, where guidance alone is biased
 
 
-def reference(reward, lam, n=40_000):
+def reference(reward, lam, n=20_000):
     """Mean and variance of the chain's law tilted by reward/lam, from weighted plain samples."""
     g = torch.Generator().manual_seed(99)
     x = torch.randn(n, generator=g, dtype=torch.float64)
@@ -107,17 +107,17 @@ def test_a_reward_without_gradient_needs_plain_proposals():
 
     exact, error = reference(reward, 0.7)
     guide = guidance.LookAhead(MIXTURE.denoiser(ABAR), reward, 0.7, ABAR, TS)
-    found = torch.stack([summary(*particles(guide, (2000,), seed, guided=False)[:2]) for seed in range(10)])
+    found = torch.stack([summary(*particles(guide, (1000,), seed, guided=False)[:2]) for seed in range(10)])
     assert ((found.mean(0) - exact).abs() < 4 * (found.std(0) / 10**0.5 + error)).all()
     with pytest.raises(ValueError, match="gives no gradient"):
         particles(guide, (10,), 0)
 
 
 def test_error_shrinks_as_the_root_of_the_number_of_particles():
-    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.5, ABAR, samplers.timesteps(T, 10))
-    exact, spread = LAW.chain_law(ABAR, samplers.timesteps(T, 10), 1.0).tilt(SLOPE, 0.5).mean, []
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.5, ABAR, samplers.timesteps(T, 8))
+    exact, spread = LAW.chain_law(ABAR, samplers.timesteps(T, 8), 1.0).tilt(SLOPE, 0.5).mean, []
     for n in (100, 1600):
-        runs = [particles(guide, (n, 2), seed, ts=samplers.timesteps(T, 10)) for seed in range(30)]
+        runs = [particles(guide, (n, 2), seed, ts=samplers.timesteps(T, 8)) for seed in range(20)]
         errors = torch.stack([log_w.exp() @ x - exact for x, log_w, _ in runs])
         spread.append(errors.square().mean().sqrt().item())
     assert spread[0] / spread[1] == pytest.approx(4, rel=0.35)
@@ -130,11 +130,11 @@ def test_systematic_resampling_keeps_floor_or_ceiling_of_the_expected_number():
     log_w = torch.tensor([0.0, -1.0, -2.0, -50.0, 0.5], dtype=torch.float64)
     expected, counts = 5 * log_w.softmax(0), torch.zeros(5, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
-    for _ in range(2000):
+    for _ in range(800):
         n = torch.bincount(samplers._systematic(log_w, g), minlength=5)
         assert (n >= expected.floor()).all() and (n <= expected.ceil()).all()
         counts += n
-    assert ((counts / 2000 - expected).abs() < 0.05).all()
+    assert ((counts / 800 - expected).abs() < 0.07).all()
 
 
 def test_resampling_is_triggered_by_the_effective_sample_size():
