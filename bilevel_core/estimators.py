@@ -230,7 +230,7 @@ def _inputs(
     gamma: float = 1.0,
     rewards: int | None = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r_up (n,), r_low (m, n), lam (m,) and log_w (n,) in float64 on the CPU, checked. rewards: m, None for any, 0 for a tilt."""
+    """r_up (n,), r_low (m, n), lam (m,), log_w (n,), checked, float64 on the CPU. rewards: m; None: any; 0: a tilt."""
     n = r_up.shape[-1] if r_up.dim() else 0
     log_w = torch.full((n,), -math.log(max(n, 1)), dtype=torch.float64) if log_w is None else log_w
     r_up, r_low, lam, log_w = (
