@@ -113,11 +113,12 @@ def test_monte_carlo_within_four_standard_errors(lam, gamma, n):
         assert abs(grad - exact) < 4 * info["se"]
 
 
-def test_error_shrinks_as_the_root_of_n_and_the_standard_error_tells_it():
-    spread = []
+@pytest.mark.parametrize("estimator", [estimators.lam_grad_penalty, estimators.lam_grad_released_est1])
+def test_error_shrinks_as_the_root_of_n_and_the_standard_error_tells_it(estimator):
+    spread, (exact, _) = [], estimator(R_UP, R_LOW, 2.0, 10.0, LOG_W)
     for n in (500, 8_000):
-        runs = [estimators.lam_grad_penalty(*rewards(n, seed), 2.0, 10.0) for seed in range(80)]
-        z = torch.stack([(grad - PROBLEM.penalty_grad(2.0, 10.0)) / info["se"] for grad, info in runs])
+        runs = [estimator(*rewards(n, seed), 2.0, 10.0) for seed in range(80)]
+        z = torch.stack([(grad - exact) / info["se"] for grad, info in runs])
         assert 0.8 < z.square().mean().sqrt() < 1.25
         spread.append(torch.stack([grad for grad, _ in runs]).std().item())
     assert spread[0] / spread[1] == pytest.approx(4, rel=0.25)
