@@ -1,6 +1,8 @@
 """The bilevel loops as generators: each step yields a small frozen record, so a caller can plot, stop and resume."""
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -82,6 +84,187 @@ def penalty_descent(
         x_next = project(x - (step(k, grad) if callable(step) else step * grad))
         yield PenaltyStep(k, x, grad, gamma_k, info, p_star, p_gamma, x_next)
         x = x_next
+
+
+@dataclass(frozen=True)
+class TiltSamples:
+    """Samples that stand for p_0 by their rewards alone: sum_i exp(log_w_i) u(x_i) ~ E_{p_0}[u].
+
+    r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
+    """
+
+    r_up: Tensor
+    r_low: Tensor
+    log_w: Tensor | None = None
+    cost: int = 0
+    round: int = 0
+
+    @classmethod
+    def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0):
+        """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0."""
+        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost)
+
+    def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
+        """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return estimators.tilt_weights(self.r_low, lam, self.log_w)
+
+
+@dataclass(frozen=True)
+class LamStep:
+    """One step of Algorithm 2 at lam: the gradient dL_gamma/dlam and its standard error, means under p_star, costs.
+
+    up, up_se, low, kl  E r_up with its standard error, E r_low, and KL(p_star || p_0)
+    ess, cost, round    effective sample size, image forwards so far, how often samples were drawn anew
+    done                None, or why the loop ends here;  warning: None, or what is wrong with the estimate
+    outer               the step of Algorithm 1, to resume from
+    """
+
+    k: int
+    lam: float
+    grad: float
+    se: float
+    gamma: float
+    up: float
+    up_se: float
+    low: float
+    kl: float
+    ess: float
+    cost: int
+    round: int
+    done: str | None
+    warning: str | None
+    outer: PenaltyStep = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LamProblem:
+    """Learning x = log lam as Algorithm 1 sees it: p_star is a set of samples, p_gamma the same set, weighted anew."""
+
+    samples: TiltSamples
+    draw: Callable[[float, int], TiltSamples] | None
+    min_ess: float
+
+    def solve_star(self, x: Tensor, warm: TiltSamples | None = None) -> TiltSamples:
+        """The first samples, else the last, whichever have an effective sample size of min_ess at lam; else new ones.
+
+        It cannot see a mode that no sample is in: samples of a sharp tilt may miss one, those of p_0 cover every tilt.
+        """
+        last, lam = warm or self.samples, x.exp().item()
+        for samples in (self.samples, last):
+            if self.draw is None or samples.tilt(lam)[1]["ess"] >= self.min_ess:
+                return dataclasses.replace(samples, cost=last.cost, round=last.round)
+        new = self.draw(lam, last.round + 1)
+        return dataclasses.replace(new, cost=last.cost + new.cost, round=last.round + 1)
+
+    def solve_gamma(self, x: Tensor, gamma: float, warm: None = None) -> None:
+        """Nothing to do: common samples keep the difference of the two laws stable."""
+
+
+def secant(previous: PenaltyStep | None, grad: Tensor, largest: float = 1.0) -> Tensor:
+    """A step rule for one variable: the secant step where the slope of the gradient is positive, never above `largest`.
+
+    Scale-free, so it crosses the flat regions of small and large lambda in a few steps. The first step is largest/2.
+    """
+    if previous is None:
+        return largest / 2 * grad.sign()
+    slope = (grad - previous.grad) / (previous.x_next - previous.x)
+    size = grad.abs() / slope if slope > 0 else torch.full_like(grad, largest)
+    return grad.sign() * size.clamp(max=largest)
+
+
+def learn_lam(
+    samples: TiltSamples,
+    lam: float,
+    *,
+    gamma: float | Callable[[int], float] = float("inf"),
+    estimator: Callable[..., tuple[Tensor, dict]] = estimators.lam_grad_penalty,
+    step: float | Callable[[PenaltyStep | None, Tensor], Tensor] = secant,
+    steps: int = 50,
+    draw: Callable[[float, int], TiltSamples] | None = None,
+    min_ess: float = estimators.MIN_ESS,
+    bounds: tuple[float, float] = (1e-4, 1e4),
+    stop: float = 0.1,
+    tol: float = 1e-4,
+    resume: LamStep | None = None,
+) -> Iterator[LamStep]:
+    """Algorithm 2: learns the entropy strength lam by Algorithm 1 in log lam, from samples of a pre-trained p_0.
+
+    samples    of p_0 and their rewards;  lam: where to start, within `bounds`
+    gamma      penalty constant > 0, infinity for the true hypergradient, or a function of k
+    estimator  (r_up, r_low, lam, gamma, log_w) -> (dL/dlam, info with "se" and "ess")
+    step       step size for dL/dlog lam, or a rule (last step of Algorithm 1, gradient) -> the decrease of log lam
+    draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
+               particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
+    stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
+               log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
+    resume     continue after this record, as if never stopped
+    Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
+    or infinity, or beyond the samples; None after `steps`. Raises ValueError for a bad lam, gamma or samples, or if
+    min_ess is out of reach.
+    """
+    if not 0 < bounds[0] <= lam <= bounds[1] < float("inf"):
+        raise ValueError(f"lam = {lam} must be positive and lie within bounds = {bounds}")
+    low, high = (torch.tensor(bound, dtype=torch.float64).log() for bound in bounds)
+    reach = low if draw else _smallest_log_lam(samples, low, high, min_ess)
+    previous = resume and resume.outer
+    if reach > math.log(lam):
+        warnings.warn(
+            f"lam starts at {reach.exp():.3g}, not {lam:g}: the samples reach no further down; pass draw", stacklevel=2
+        )
+
+    def log_grad(_: object, x: Tensor, now: TiltSamples, __: None, gamma: float) -> tuple[Tensor, dict]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the record has it
+            grad, info = estimator(now.r_up, now.r_low, x.exp(), gamma, now.log_w)
+        return x.exp() * grad, info
+
+    loop = penalty_descent(
+        LamProblem(samples, draw, min_ess),
+        torch.tensor(lam, dtype=torch.float64).log(),
+        gamma=gamma,
+        step=(lambda k, grad: step(previous, grad)) if callable(step) else step,
+        steps=steps if not (resume and resume.done) else 0,
+        estimator=log_grad,
+        project=lambda x: x.clamp(reach, high),
+        resume=previous,
+    )
+    for outer in loop:
+        x, now, info, grad = outer.x, outer.p_star, outer.info, outer.grad.item()
+        lam = x.exp().item()
+        p, tilted = now.tilt(lam)
+        se, ess, done = float(info["se"]), min(info["ess"], tilted["ess"]), None
+        if (x <= reach and grad > 0) or (x >= high and grad < 0):
+            where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
+            done = f"boundary at lam = {lam:.4g}: the optimum is {where}"
+        elif ess >= min_ess and (abs(grad) <= stop * lam * se or (outer.x_next - x).abs() <= tol):
+            done = f"converged at lam = {lam:.4g}"
+        if callable(gamma) and gamma(outer.k + 1) != outer.gamma:
+            done = None
+        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
+        up, up_se = (p @ r_up).item(), (p * (r_up - p @ r_up)).norm().item()
+        measured = (up, up_se, (p @ r_low).item(), tilted["kl"], ess, now.cost, now.round)
+        yield LamStep(outer.k, lam, grad / lam, se, outer.gamma, *measured, done, info["warning"], outer)
+        if done:
+            return
+        previous = outer
+
+
+def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: float) -> Tensor:
+    """Where the effective sample size, which falls with lam, reaches min_ess; `low` if it stays above."""
+
+    def enough(x: Tensor) -> bool:
+        return samples.tilt(x.exp())[1]["ess"] >= min_ess
+
+    if enough(low):
+        return low
+    if not enough(high):
+        raise ValueError(f"{len(samples.r_low)} samples have no effective sample size of {min_ess:g}: draw more")
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 @dataclass(frozen=True)

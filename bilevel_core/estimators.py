@@ -1,5 +1,9 @@
 """Estimators of the upper-level gradient: pure functions, inputs in, (grad, info) out."""
 
+import math
+import warnings
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,3 +21,273 @@ def penalty_grad(problem: object, x: Tensor, p_star: object, p_gamma: object, ga
     gap = problem.g(x, p_gamma) - problem.g(x, p_star)
     (grad,) = torch.autograd.grad(f + gamma * gap, x)
     return grad, {"f": f.item(), "gap": gap.item()}
+
+
+# ---------------------------------------------------------------- the gradient in the entropy strength lambda
+#
+# With samples x_i ~ p_0 and their rewards, computed once, every law p_0 exp(h) has the self-normalised weights
+# softmax_i(log_w_i + h_i): no network call, for every lambda at once, in float64. Standard errors are those of the
+# influence function, sqrt(sum_i (w_i IF_i)^2): right for independent samples, optimistic for resampled particles,
+# without meaning for quadrature nodes.
+
+MIN_ESS = 100.0  # below this effective sample size an estimate is not to be trusted
+
+
+def tilt_weights(r: Tensor, lam: Tensor | float, log_w: Tensor | None = None) -> tuple[Tensor, dict]:
+    """Self-normalised weights of the tilted law p_0(x) exp(r(x)/lam).
+
+    r      (n,)  rewards of samples from p_0
+    lam    ()    entropy strength, > 0
+    log_w  (n,)  log-weights with sum_i exp(log_w_i) u(x_i) ~ E_{p_0}[u]; None: -log n, plain samples of p_0. A constant
+                 added to them shifts log_z and kl, and changes nothing else.
+    Returns (n,), summing to one, biased by O(1/n), and info: "ess" = 1/sum w^2, "log_z" = log E_{p_0} exp(r/lam), "kl"
+    = KL of the tilted law from p_0, and "warning", a text where ess < MIN_ESS (also given as a warning), else None.
+    Raises ValueError if lam <= 0, a value is not finite, shapes disagree or n < 2.
+    """
+    _, rows, lams, log_w = _inputs(r, r, lam, log_w)
+    p, log_z, kl = _tilt(log_w, rows[0] / lams[0])
+    return p, _report(p.square().sum(), lam) | {"log_z": log_z.item(), "kl": kl.item()}
+
+
+def lam_grad_penalty(
+    r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
+) -> tuple[Tensor, dict]:
+    """dL_gamma/dlam = gamma (KL(p_gamma || p_0) - KL(p_star || p_0)), equations (A) and (B), by reweighting.
+
+    r_up, r_low  (n,)  upper and lower rewards of the same samples of p_0
+    lam          ()    entropy strength > 0;  gamma > 0, may be infinite: then `lam_grad_cov`
+    log_w        (n,)  optional log-weights of the samples, as in `tilt_weights`
+    Returns the gradient (), float64, and info: "se" its standard error, "ess" the smaller effective sample size of the
+    two laws, "warning" as in `tilt_weights`. Both laws share the samples, so the error stays bounded as gamma grows.
+    Raises ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
+    """
+    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
+    if gamma == float("inf"):
+        return lam_grad_cov(r_up, rows[0], lam, log_w)
+    grad, influence, squares = 0.0, 0.0, []
+    for sign, h in ((gamma, (r_up / gamma + rows[0]) / lams[0]), (-gamma, rows[0] / lams[0])):
+        p, _, kl = _tilt(log_w, h)
+        grad = grad + sign * kl
+        influence = influence + sign * p * (h - (p * h).sum() - 1)  # the +1 of each law's influence cancels
+        squares.append(p.square().sum())
+    return grad, _report(max(squares), lam, influence)
+
+
+def lam_grad_cov(r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor | None = None) -> tuple[Tensor, dict]:
+    """The hypergradient d/dlam(-E_{p_star}[r_up]) = Cov_{p_star}(r_up, r_low)/lam^2, equation (C): gamma = infinity.
+
+    r_low  (n,) with lam (), or m lower rewards (m, n) with lam (m,): p_star = p_0 exp(sum_j r_low_j/lam_j), and the
+           gradient is the vector Cov_{p_star}(r_up, r_low_j)/lam_j^2
+    The other arguments, the result (shape of lam) and the errors are those of `lam_grad_penalty`.
+    """
+    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, rewards=None)
+    p, _, _ = _tilt(log_w, (rows / lams[:, None]).sum(0))
+    up = r_up - (p * r_up).sum()
+    low = rows - (p * rows).sum(1, keepdim=True)
+    cov = (p * up * low).sum(1, keepdim=True)
+    influence = p * (up * low - cov) / lams[:, None] ** 2
+    shape = torch.as_tensor(lam).shape
+    return (cov[:, 0] / lams**2).reshape(shape), _report(p.square().sum(), lam, influence.reshape(*shape, -1))
+
+
+def lam_grad_path(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
+    """gamma (KL_path[guided by r_up/gamma + r_low] - KL_path[guided by r_low]): (A) from guided trajectories.
+
+    kl_gamma, kl_star  (n,)  `guidance.path_kl` of trajectories under the two guidances, with common random numbers
+    Right only where the guidance is the exact h-transform (then the path KL tends to the KL of the samples as steps
+    grow). With look-ahead guidance the guided law is not the tilted one and even the sign can be wrong: don't learn
+    lambda with it; draw particles and use `lam_grad_penalty`. Returns as `lam_grad_penalty` does; "ess" is n.
+    """
+    return _paired(kl_gamma, kl_star, gamma)
+
+
+def lam_grad_released_est1(
+    r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
+) -> tuple[Tensor, dict]:
+    """The released code's first estimator, for comparison only: gamma (KL(p_0 || p_gamma) - KL(p_0 || p_star)).
+
+    The arguments of both KL are swapped. As gamma grows its root is where E_{p_star}[r_up] has fallen back to
+    E_{p_0}[r_up], not where it is largest. Arguments (gamma finite), result and errors as for `lam_grad_penalty`.
+    """
+    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
+    p_0 = log_w.softmax(0)
+    p_star, log_z, _ = _tilt(log_w, rows[0] / lams[0])
+    p_gamma, log_z_gamma, _ = _tilt(log_w, (r_up / gamma + rows[0]) / lams[0])
+    mean = (p_0 * r_up).sum()
+    grad = gamma * (log_z_gamma - log_z) - mean / lams[0]
+    influence = gamma * (p_gamma - p_star) - p_0 * (r_up - mean) / lams[0]
+    return grad, _report(max(p_gamma.square().sum(), p_star.square().sum()), lam, influence)
+
+
+def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
+    """The released code's second estimator, for comparison only: `lam_grad_path` with norms in place of KLs, halved.
+
+    norm_gamma, norm_star  (n,)  norm (not squared) of the guidance, averaged over the steps of each trajectory
+    It has no fixed relation to a KL. Returns as `lam_grad_path` does.
+    """
+    return _paired(norm_gamma / 2, norm_star / 2, gamma)
+
+
+@dataclass(frozen=True)
+class LamCurve:
+    """lambda -> E_{p_star}[r_up] with everything read off it; see `lam_curve`. Vectors (m,) run over `lam`."""
+
+    lam: Tensor
+    mean: Tensor
+    se: Tensor
+    ess: Tensor
+    grad: Tensor
+    grad_se: Tensor
+    best: float
+    interval: tuple[float, float]
+    boundary: str | None
+    said: str
+
+
+def lam_curve(
+    r_up: Tensor,
+    r_low: Tensor,
+    lams: Tensor | None = None,
+    log_w: Tensor | None = None,
+    *,
+    z: float = 1.96,
+    min_ess: float = MIN_ESS,
+) -> LamCurve:
+    """The whole curve lambda -> E_{p_star}[r_up] with its band, its maximum and the maximum's interval, from one batch.
+
+    lams   (m,) increasing, > 0; None: 161 values over eight decades around the spread of r_low
+    z      quantile of the interval, 1.96 for 95 %;  the other arguments as in `lam_grad_penalty`
+    Kept are the values with ESS >= min_ess. "best" maximises over them; "interval" holds the neighbouring lambda at
+    which the gradient (C) is within z standard errors of zero (asymptotic: a few thousand samples make it somewhat too
+    narrow). "boundary" is "low" or "high" (then best is 0 or infinity if the kept values end where `lams` does; else
+    their end, since the samples reach no further), or None; "said" puts it in words. Raises ValueError as
+    `lam_grad_penalty`, and if fewer than 3 values have enough ESS.
+    """
+    r_up, rows, _, log_w = _inputs(r_up, r_low, 1.0, log_w, rewards=1)
+    low = rows[0]
+    if lams is None:
+        lams = low.std() * torch.logspace(-4, 4, 161, dtype=torch.float64)
+    lams = torch.as_tensor(lams, dtype=torch.float64, device="cpu")
+    if lams.dim() != 1 or not (lams > 0).all() or not (lams.diff() > 0).all():
+        raise ValueError("lams must be a vector of positive, increasing values")
+
+    def measure(lam: Tensor) -> list[Tensor]:
+        p, _, _ = _tilt(log_w, low / lam)
+        up, centred = r_up - (p * r_up).sum(), low - (p * low).sum()
+        cov = (p * up * centred).sum()
+        se, grad_se = (p * up).norm(), (p * (up * centred - cov)).norm() / lam**2
+        return [(p * r_up).sum(), se, 1 / p.square().sum(), cov / lam**2, grad_se]
+
+    table = torch.stack([torch.stack(measure(lam)) for lam in lams])
+    kept = (table[:, 2] >= min_ess).nonzero()[:, 0]
+    if len(kept) < 3:
+        raise ValueError(
+            f"only {len(kept)} values of lam have an effective sample size of {min_ess:g} or more (n = {len(low)}, "
+            f"largest {table[:, 2].max():.0f}); draw more samples, or lower min_ess"
+        )
+    first, last = int(kept[0]), int(kept[-1])
+    whole = (first == 0, last == len(lams) - 1)
+    lams, table = lams[first : last + 1], table[first : last + 1]
+    mean, se, ess, grad, grad_se = table.T
+    i = int(mean.argmax())
+    boundary = {0: "low", len(lams) - 1: "high"}.get(i)
+    if boundary:
+        limit, reached = (0.0, whole[0]) if boundary == "low" else (float("inf"), whole[1])
+        best = limit if reached else lams[i].item()
+        said = f"the reward is largest at the {boundary} end, lam = {lams[i]:.3g}: " + (
+            f"the optimum is lam -> {limit:g}" if reached else "the samples reach no further; draw some at this lam"
+        )
+    else:
+        a, b = lams[i - 1].log(), lams[i + 1].log()
+        for _ in range(60):  # grad < 0 at a: the reward still rises with lam
+            middle = (a + b) / 2
+            a, b = (middle, b) if measure(middle.exp())[3] < 0 else (a, middle)
+        best = b.exp().item()
+        said = f"the reward is largest at lam = {best:.4g}"
+    score = torch.where(grad_se > 0, grad / grad_se, 0.0)
+    j, k = i, i
+    while j > 0 and score[j] > -z:
+        j -= 1
+    while k < len(lams) - 1 and score[k] < z:
+        k += 1
+
+    def crossing(j: int, k: int, level: float) -> float:
+        share = ((level - score[j]) / (score[k] - score[j])).clamp(0, 1)
+        return ((1 - share) * lams[j].log() + share * lams[k].log()).exp().item()
+
+    interval = (
+        0.0 if score[j] > -z else crossing(j, min(j + 1, len(lams) - 1), -z),
+        float("inf") if score[k] < z else crossing(max(k - 1, 0), k, z),
+    )
+    return LamCurve(lams, mean, se, ess, grad, grad_se, best, interval, boundary, said)
+
+
+def _inputs(
+    r_up: Tensor,
+    r_low: Tensor,
+    lam: Tensor | float,
+    log_w: Tensor | None,
+    gamma: float = 1.0,
+    rewards: int | None = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r_up (n,), r_low (m, n), lam (m,), log_w (n,), checked, float64 on the CPU. rewards: m; None: any; 0: a tilt."""
+    n = r_up.shape[-1] if r_up.dim() else 0
+    log_w = torch.full((n,), -math.log(max(n, 1)), dtype=torch.float64) if log_w is None else log_w
+    r_up, r_low, lam, log_w = (
+        torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (r_up, r_low, lam, log_w)
+    )
+    if r_up.shape != (n,) or r_low.shape != (*lam.shape, n) or lam.dim() > 1 or log_w.shape != (n,):
+        shapes = [tuple(value.shape) for value in (r_up, r_low, lam, log_w)]
+        raise ValueError(f"r_up (n,), r_low (n,) or (m, n), lam () or (m,), log_w (n,) have the shapes {shapes}")
+    if n < 2:
+        raise ValueError(f"n = {n} is too small: at least 2 samples, and at least {MIN_ESS:g} for a result to trust")
+    if not ((lam > 0) & torch.isfinite(lam)).all():
+        raise ValueError(f"lam = {lam.tolist()} must be positive and finite")
+    if not gamma > 0:
+        raise ValueError(f"gamma = {gamma} must be positive")
+    rows, lams = r_low.reshape(-1, n), lam.reshape(-1)
+    if rewards and len(rows) != rewards:
+        raise ValueError(f"this estimator takes one lower reward, not {len(rows)}; use lam_grad_cov")
+    for name, r in (("r_up", r_up), *(("r_low", row) for row in rows)):
+        if not torch.isfinite(r).all():
+            raise ValueError(f"{name} is not finite for {(~torch.isfinite(r)).sum()} of {n} samples; drop or mend them")
+        if rewards != 0 and r.max() == r.min():
+            raise ValueError(f"{name} is {r[0]:g} for every sample, so no lambda is better than another; check it")
+    if torch.isnan(log_w).any() or (log_w == float("inf")).any() or not log_w.max() > -float("inf"):
+        raise ValueError("log_w must be finite, or -inf for samples that count nothing")
+    return r_up, rows, lams, log_w
+
+
+def _tilt(log_w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (n,) of p_0 exp(h), log Z and KL from p_0."""
+    log_z = torch.logsumexp(log_w + h, 0)
+    p = (log_w + h - log_z).exp()
+    p = p / p.sum()
+    return p, log_z, (p * (h - log_z)).sum()
+
+
+def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | None = None) -> dict:
+    ess, warning = 1 / sum_of_squares.item(), None
+    if ess < MIN_ESS:
+        at = ", ".join(f"{float(value):g}" for value in torch.as_tensor(lam).reshape(-1))
+        warning = (
+            f"the effective sample size is {ess:.1f} at lam = {at}: reweighting these samples says little here; "
+            "raise lam, draw more samples, or draw them guided or as particles at this lam"
+        )
+        warnings.warn(warning, stacklevel=3)
+    info = {"ess": ess, "warning": warning}
+    return info if influence is None else info | {"se": influence.square().sum(-1).sqrt()}
+
+
+def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
+    if kl_gamma.shape != kl_star.shape or kl_star.dim() != 1 or len(kl_star) < 2:
+        raise ValueError(
+            f"both must be (n,) with n >= 2, by trajectory; they are {tuple(kl_gamma.shape)}, {tuple(kl_star.shape)}"
+        )
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma = {gamma} must be positive and finite")
+    difference = gamma * (kl_gamma.double() - kl_star.double())
+    if not torch.isfinite(difference).all():
+        raise ValueError("the path KLs must be finite; leave the last step unguided, or lower the guidance")
+    n = len(difference)
+    return difference.mean(), {"se": difference.std() / n**0.5, "ess": float(n), "warning": None}

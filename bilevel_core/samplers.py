@@ -1,4 +1,4 @@
-"""Backward sampling (Algorithm 4): DDIM and ancestral, one function each, differentiable in abar and so in q.
+"""Backward sampling (Algorithm 4): DDIM, ancestral and particles, one function each; differentiable in abar, so in q.
 
 A denoiser is any callable eps_hat = denoiser(x, t) with x (B, ...) and t an int in 1..T. Time runs down a grid
 t_1 > t_2 > ... > 0; the caller passes the noise (or a generator), decides about no_grad, and may pass a progress bar
@@ -6,7 +6,9 @@ such as tqdm. The law of the samples is the law of this discrete chain, not of i
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +16,18 @@ from torch import Tensor
 from . import schedules
 
 Denoiser = Callable[[Tensor, int], Tensor]
+
+
+class Guide(Protocol):
+    """What `sample_particles` needs of `guidance.LookAhead`."""
+
+    def look(self, x: Tensor, t: int, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """eps_hat, the guided eps (the same if not guided), both (B, ...), and h(x0_hat(x)) (B,)."""
+
+    def potential(self, x0: Tensor) -> Tensor:
+        """h(x0), (B,)."""
+
+
 SPACINGS = ("trailing", "leading", "linspace")
 
 
@@ -83,12 +97,7 @@ def sample_ddim(
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
     path, noise = [x], iter(noise) if noise is not None else None
     for t, s in _pairs(ts, abar, progress):
-        a_t, a_s = abar[t], abar[s]
-        sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt() if eta else 0.0
-        # x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z, collected by x and eps_hat
-        c_x = (a_s / a_t).sqrt()
-        c_eps = (1 - a_s - sigma**2).clamp(min=0) ** 0.5 if s else torch.zeros_like(a_t)
-        c_eps = c_eps - c_x * (1 - a_t).sqrt()
+        c_x, c_eps, sigma = ddim_coefficients(abar, t, s, eta)
         eps_hat = denoiser(x, t)
         x = _scalar(c_x, x) * x + _scalar(c_eps, x) * eps_hat
         if eta and s:
@@ -96,6 +105,16 @@ def sample_ddim(
         if trajectory:
             path.append(x)
     return path if trajectory else x
+
+
+def ddim_coefficients(abar: Tensor, t: int, s: int, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_x, c_eps, sigma) of the DDIM step from t to s, x_s = c_x x_t + c_eps eps_hat + sigma z; sigma = 0 at s = 0."""
+    a_t, a_s = abar[t], abar[s]
+    sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt() if eta and s else torch.zeros_like(a_t)
+    # x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z, collected by x and eps_hat
+    c_x = (a_s / a_t).sqrt()
+    c_eps = (1 - a_s - sigma**2).clamp(min=0) ** 0.5 if s else torch.zeros_like(a_t)
+    return c_x, c_eps - c_x * (1 - a_t).sqrt(), sigma
 
 
 def sample_ancestral(
@@ -128,6 +147,65 @@ def sample_ancestral(
         if trajectory:
             path.append(x)
     return path if trajectory else x
+
+
+def sample_particles(
+    guide: "Guide",
+    x: Tensor,
+    abar: Tensor,
+    ts: list[int],
+    *,
+    eta: float = 1.0,
+    guided: bool = True,
+    threshold: float = 0.5,
+    generator: torch.Generator | None = None,
+    progress: Callable[[list], Iterable] | None = None,
+) -> tuple[Tensor, Tensor, dict]:
+    """Sequential Monte Carlo for the law of `sample_ddim`'s output tilted by exp(h): exact as the number of rows grows.
+
+    Particles start with the weight exp(h(x0_hat(x_T))), move by the guided or plain kernel, and are weighted by
+    (plain/proposal kernel) exp(h(x0_hat(x_s)) - h(x0_hat(x_t))), with x0_hat(x_0) = x_0. The last step is plain.
+
+    guide      a `guidance.LookAhead` around the plain denoiser, which holds the potential h = reward/lam
+    x          (n, ...)  x_T, one particle a row, drawn as for `sample_ddim`;  abar, ts, progress: as there
+    eta        in (0, 1], the chain's own
+    guided     False proposes with the plain kernel: then the reward needs no gradient
+    threshold  systematic resampling where the effective sample size falls below threshold n; 0 never, 1 always
+    Returns x_0 (n, ...), log-weights (n,) whose exponentials sum to one, and info: "ess" before each resampling and at
+    the end, "resampled" the times t at which it happened, "log_z" the estimate of log E exp(h(x_0)). Resampled
+    particles are dependent: take standard errors from independent calls. Raises ValueError for a bad eta or grid.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta = {eta} must lie in (0, 1]: without noise no weight can correct the proposal")
+    n = len(x)
+    log_w = torch.full((n,), -math.log(n), dtype=torch.float64, device=x.device)  # exp(log_w) sums to Z so far
+    h, sizes, resampled = torch.zeros_like(log_w), [], []
+    for t, s in _pairs(ts, abar, progress):
+        eps_hat, eps_proposal, h_next = guide.look(x, t, guided and s > 0)
+        log_w, h = log_w + h_next - h, h_next.double()
+        sizes.append(1 / log_w.softmax(0).square().sum().item())
+        if sizes[-1] < threshold * n:
+            rows = _systematic(log_w, generator)
+            x, eps_hat, eps_proposal, h = x[rows], eps_hat[rows], eps_proposal[rows], h[rows]
+            log_w = torch.full_like(log_w, log_w.logsumexp(0).item() - math.log(n))
+            resampled.append(t)
+        c_x, c_eps, sigma = (_scalar(c, x) for c in ddim_coefficients(abar, t, s, eta))
+        x = c_x * x + c_eps * eps_proposal
+        if s:
+            z, shift = _draw(x, None, generator), c_eps * (eps_proposal - eps_hat) / sigma
+            x = x + sigma * z
+            log_w = log_w - (z * shift + shift**2 / 2).reshape(n, -1).double().sum(1)
+    log_w = log_w + guide.potential(x) - h
+    sizes.append(1 / log_w.softmax(0).square().sum().item())
+    return x, log_w.log_softmax(0), {"ess": sizes, "resampled": resampled, "log_z": log_w.logsumexp(0).item()}
+
+
+def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Row numbers (n,), row i about n w_i times, from one uniform number."""
+    n = len(log_w)
+    u = torch.rand(1, generator=generator, device=log_w.device, dtype=torch.float64)
+    grid = (torch.arange(n, device=log_w.device) + u) / n
+    return torch.searchsorted(log_w.softmax(0).cumsum(0), grid).clamp(max=n - 1)
 
 
 def _pairs(ts: list[int], abar: Tensor, progress: Callable | None) -> Iterable[tuple[int, int]]:

@@ -1,0 +1,215 @@
+"""Algorithm 2: learning lambda where the answer is known, from fixed samples, tilted samples and particles."""
+
+import itertools
+import math
+import warnings
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from bilevel_core import algorithms, estimators, guidance, oracles, samplers, schedules
+
+MIXTURE = oracles.Mixture1D()
+PROBLEM = MIXTURE.problem()
+QUADRATURE = algorithms.TiltSamples(PROBLEM.r_up, PROBLEM.r_low, PROBLEM.log_p0)
+OPTIMUM = 1.20841
+
+
+def upper(x):
+    return -((x - 1.2) ** 2) / 2
+
+
+def plain(n, seed=0):
+    x = MIXTURE.sample(n, torch.Generator().manual_seed(seed))
+    return algorithms.TiltSamples(upper(x), x, cost=50 * n)
+
+
+def exact_tilt(n=20_000):
+    """Draws from the exact tilted law, seeded by the round."""
+
+    def draw(lam, round):
+        x = MIXTURE.tilt(1 / lam).sample(n, torch.Generator().manual_seed(round))
+        log_w, log_z = torch.full((n,), -math.log(n), dtype=torch.float64), PROBLEM.logits(lam).logsumexp(-1).item()
+        return algorithms.TiltSamples.from_tilt(upper(x), x, lam, log_w, log_z, cost=100 * n)
+
+    return draw
+
+
+# ---------------------------------------------------------------- the one-dimensional oracle
+
+
+@pytest.mark.parametrize("lam_0", [0.01, 100.0])
+@pytest.mark.parametrize("gamma, root", [(1.0, 1.0907), (1000.0, 1.20824), (math.inf, OPTIMUM)])
+def test_it_ends_at_the_optimum(lam_0, gamma, root):
+    records = list(algorithms.learn_lam(QUADRATURE, lam_0, gamma=gamma))
+    assert records[-1].lam == pytest.approx(root, rel=0.02) and records[-1].done.startswith("converged")
+    assert len(records) < 25 and all(record.done is None for record in records[:-1])
+    exact = list(algorithms.learn_lam(QUADRATURE, lam_0, gamma=gamma, stop=0, tol=1e-6))[-1]
+    assert exact.lam == pytest.approx(root, rel=1e-4)
+
+
+@pytest.mark.parametrize("lam_0", [0.05, 100.0])
+def test_the_released_est1_stops_at_less_than_half_of_it(lam_0):
+    *_, last = algorithms.learn_lam(QUADRATURE, lam_0, gamma=1000.0, estimator=estimators.lam_grad_released_est1)
+    assert last.lam == pytest.approx(0.4612, rel=0.02) and last.done.startswith("converged")
+    assert last.up == pytest.approx(PROBLEM.mean(PROBLEM.log_p0, PROBLEM.r_up).item(), abs=0.03)  # fallen back
+
+
+def test_a_record_holds_what_it_says():
+    record = next(algorithms.learn_lam(QUADRATURE, 0.7, gamma=50.0))
+    p = PROBLEM.p_gamma(0.7)
+    assert record.grad == pytest.approx(PROBLEM.penalty_grad(0.7, 50.0).item(), rel=1e-9)
+    assert record.up == pytest.approx(PROBLEM.mean(p, PROBLEM.r_up).item(), rel=1e-9)
+    assert record.low == pytest.approx(PROBLEM.mean(p, PROBLEM.r_low).item(), rel=1e-9)
+    assert record.kl == pytest.approx(PROBLEM.kl(p).item(), rel=1e-9)
+    assert (record.k, record.gamma, record.cost, record.round, record.warning) == (0, 50.0, 0, 0, None)
+
+
+def test_it_is_algorithm_1():
+    """With a plain step size the iterates are those of the generic loop and its generic gradient."""
+    x = torch.tensor(0.7, dtype=torch.float64).log()
+    generic = algorithms.penalty_descent(PROBLEM, x, gamma=50.0, step=0.2, steps=4)
+    ours = algorithms.learn_lam(QUADRATURE, 0.7, gamma=50.0, step=0.2, steps=4)
+    for one, other in zip(generic, ours, strict=True):
+        torch.testing.assert_close(one.x_next, other.outer.x_next, rtol=1e-8, atol=1e-8)
+
+
+def test_an_increasing_gamma_is_followed_to_its_end():
+    def gamma(k):
+        return min(4.0**k, 1000.0)
+
+    records = list(algorithms.learn_lam(QUADRATURE, 2.0, gamma=gamma))
+    assert [record.gamma for record in records[:5]] == [1, 4, 16, 64, 256]
+    assert records[-1].gamma == 1000.0 and records[-1].lam == pytest.approx(OPTIMUM, rel=0.02)
+
+
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("gamma", [1000.0, math.inf])
+def test_from_one_batch_it_ends_where_the_curve_of_that_batch_has_its_maximum(gamma):
+    samples = plain(20_000)
+    curve = estimators.lam_curve(samples.r_up, samples.r_low)
+    *_, last = algorithms.learn_lam(samples, 30.0, gamma=gamma)
+    assert last.lam == pytest.approx(curve.best, rel=0.02) and curve.interval[0] < last.lam < curve.interval[1]
+    assert abs(last.grad) <= 0.1 * last.se and last.cost == 50 * 20_000
+
+
+def test_samples_are_drawn_anew_where_the_effective_sample_size_falls():
+    records = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt()))
+    assert records[0].round == 1 and records[0].ess == pytest.approx(20_000, rel=1e-6)
+    assert records[-1].round >= 2 and all(record.ess >= estimators.MIN_ESS for record in records)
+    assert records[-1].cost == 20_000 * (50 + 100 * records[-1].round)
+    assert records[-1].lam == pytest.approx(OPTIMUM, rel=0.06)
+    for record in records[1:]:  # KL from p_0, also far from where p_0 has samples
+        assert record.kl == pytest.approx(PROBLEM.kl(PROBLEM.p_gamma(record.lam)).item(), rel=0.1)
+
+
+def test_without_a_way_to_draw_it_stays_within_reach():
+    with pytest.warns(UserWarning, match=r"lam starts at .*, not 0\.01: the samples reach no further down"):
+        first, *_, last = algorithms.learn_lam(plain(20_000), 0.01)
+    assert first.ess == pytest.approx(estimators.MIN_ESS, rel=0.01) and last.lam == pytest.approx(OPTIMUM, rel=0.1)
+
+
+def test_particles_serve_as_samples():
+    """p_0 is the law of a chain of 30 steps; the samples are particles of its tilt wherever reweighting fails."""
+    T, n = 30, 2000
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
+    ts, denoiser = samplers.timesteps(T, T), MIXTURE.denoiser(abar)
+
+    def chain(count, seed):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, generator=g, dtype=torch.float64)
+        return samplers.sample_ancestral(denoiser, x, abar, ts, generator=g)
+
+    def draw(lam, round):
+        guide, g = guidance.LookAhead(denoiser, lambda x: x, lam, abar, ts), torch.Generator().manual_seed(round)
+        with torch.no_grad():
+            x = torch.randn(n, generator=g, dtype=torch.float64)
+            x, log_w, info = samplers.sample_particles(guide, x, abar, ts, generator=g)
+        return algorithms.TiltSamples.from_tilt(upper(x), x, lam, log_w, info["log_z"], cost=n * (2 * T - 1))
+
+    reference = chain(20_000, 1)
+    curve = estimators.lam_curve(upper(reference), reference)
+    x = chain(n, 2)
+    records = list(algorithms.learn_lam(algorithms.TiltSamples(upper(x), x, cost=n * T), 0.4, draw=draw, min_ess=300))
+    assert records[-1].round >= 1 and records[-1].cost > n * T
+    assert records[-1].lam == pytest.approx(curve.best, rel=0.15) and records[-1].done
+
+
+def test_resume_is_bit_for_bit():
+    whole = list(algorithms.learn_lam(plain(5_000), 0.05, draw=exact_tilt(5_000)))
+    half = list(itertools.islice(algorithms.learn_lam(plain(5_000), 0.05, draw=exact_tilt(5_000)), 3))
+    rest = list(algorithms.learn_lam(plain(5_000), 0.05, draw=exact_tilt(5_000), resume=half[-1]))
+
+    def numbers(record):
+        return [
+            getattr(record, name) for name in ("k", "lam", "grad", "se", "up", "kl", "ess", "cost", "round", "done")
+        ]
+
+    assert [numbers(r) for r in half + rest] == [numbers(r) for r in whole] and len(rest) > 1
+    assert not list(algorithms.learn_lam(plain(5_000), 0.05, draw=exact_tilt(5_000), resume=whole[-1]))
+
+
+# ---------------------------------------------------------------- the boundary, steps, bad input
+
+
+def test_an_optimum_at_the_boundary_is_an_outcome():
+    samples = plain(5_000)
+    conflict = algorithms.TiltSamples(-samples.r_low, samples.r_low)
+    *_, last = algorithms.learn_lam(conflict, 1.0)
+    assert last.done == "boundary at lam = 1e+04: the optimum is lam -> infinity"
+    agree = algorithms.TiltSamples(samples.r_low, samples.r_low)
+    *_, last = algorithms.learn_lam(agree, 5.0)
+    assert "below what the samples reach" in last.done
+    *_, last = algorithms.learn_lam(agree, 20.0, bounds=(2.0, 100.0))
+    assert last.done == "boundary at lam = 2: the optimum is lam -> 0"
+
+
+def test_the_secant_rule():
+    x, lr = torch.tensor(0.0, dtype=torch.float64), torch.tensor
+
+    def after(x_old, grad_old):
+        return algorithms.PenaltyStep(0, lr(x_old), lr(grad_old), 1.0, {}, None, None, x)
+
+    assert algorithms.secant(None, lr(-3.0)) == -0.5
+    assert algorithms.secant(after(-1.0, -2.0), lr(-0.5)).item() == pytest.approx(-0.5 / 1.5)  # convex: to the root
+    assert algorithms.secant(after(-1.0, -0.5), lr(-2.0)) == -1  # concave: the largest step down
+    assert algorithms.secant(after(0.0, -0.5), lr(-0.5)) == -1  # it did not move
+
+
+def test_bad_input():
+    for lam in (0.0, -1.0, math.nan, 1e5):
+        with pytest.raises(ValueError, match="must be positive and lie within bounds"):
+            next(algorithms.learn_lam(QUADRATURE, lam))
+    with pytest.raises(ValueError, match="gamma = 0"):
+        next(algorithms.learn_lam(QUADRATURE, 1.0, gamma=0.0))
+    with pytest.raises(ValueError, match="50 samples have no effective sample size of 100: draw more"):
+        next(algorithms.learn_lam(plain(50), 1.0))
+    with pytest.raises(ValueError, match="r_low is 1 for every sample"):
+        next(algorithms.learn_lam(algorithms.TiltSamples(torch.rand(200), torch.ones(200)), 1.0))
+    with pytest.raises(ValueError, match="have the shapes"):
+        next(algorithms.learn_lam(algorithms.TiltSamples(torch.rand(200), torch.rand(300)), 1.0))
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    values=st.lists(st.tuples(*[st.floats(-40, 40, width=32)] * 2), min_size=2, max_size=20),
+    log_lam=st.floats(-4, 4),
+    gamma=st.sampled_from([1.0, 1000.0, math.inf]),
+)
+def test_no_valid_input_gives_nan(values, log_lam, gamma):
+    up, low = torch.tensor(values, dtype=torch.float64).T
+    hypothesis.assume(up.max() - up.min() > 1e-3 and low.max() - low.min() > 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        records = list(
+            algorithms.learn_lam(
+                algorithms.TiltSamples(up, low), min(max(10**log_lam, 1e-4), 1e4), gamma=gamma, min_ess=1.0, steps=12
+            )
+        )
+    for record in records:
+        values = (record.lam, record.grad, record.se, record.up, record.up_se, record.low, record.kl, record.ess)
+        assert all(map(math.isfinite, values)) and 1e-4 * 0.999 <= record.lam <= 1e4 * 1.001
