@@ -175,6 +175,7 @@ def test_the_curve_finds_the_optimum_and_its_interval():
     assert 2 < widths[0] / widths[1] < 5
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_optimum_about_as_often_as_it_says():
     """Asymptotic: 89 % at n = 2,000 and 95 % at 32,000, over 200 and 80 batches; here fewer batches."""
     lams = torch.logspace(-0.4, 0.8, 25, dtype=torch.float64)

@@ -39,6 +39,7 @@ def test_generated_images_depend_on_seed_and_not_on_how_many_follow():
     assert torch.equal(few, many[:500]) and not torch.equal(few, other)
 
 
+@pytest.mark.slow
 def test_a_small_study_has_all_rows_and_resumes(tmp_path):
     def study():
         options = {

@@ -2,7 +2,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_readme_prints_what_it_says(root):
     text = (root / "README.md").read_text()
     code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()

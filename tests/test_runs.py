@@ -234,6 +234,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_while_saving_leaves_a_whole_file(tmp_path):
     """Two processes do nothing but save, and are killed: what is on disk is a whole state all the same."""
     paths = {way: tmp_path / f"{way}.safetensors" for way in ("half-written", "any-moment")}
