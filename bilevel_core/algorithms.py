@@ -331,6 +331,26 @@ class ScoreTraining:
         done = torch.tensor(min(1.0, self.step / self.decay_steps), dtype=torch.float64)
         return self.lr * rise * float(1 + torch.cos(torch.pi * done)) / 2
 
+    def update(self, loss: Tensor, cost: int = 0) -> float:
+        """One optimiser step down the gradient of `loss`, which cost that many image forwards; returns its value.
+
+        Raises FloatingPointError, before the weights are touched, if the loss is not finite.
+        """
+        value = loss.item()
+        if not value < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step + 1}; lower lr = {self.lr} or resume the last checkpoint"
+            )
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update_parameters(self.denoiser)
+        self.step += 1
+        self.cost += cost
+        self.losses.append(value)
+        return value
+
     def config(self) -> dict:
         """The parameters that a resumed run must share."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "denoiser"}
@@ -373,34 +393,31 @@ class ScoreTraining:
         self.step, self.cost = meta["step"], meta["cost"]
 
 
-def train_score(state: ScoreTraining, x0: Tensor, abar: Tensor, *, steps: int) -> Iterator[TrainStep]:
+def train_score(
+    state: ScoreTraining,
+    x0: Tensor,
+    abar: Tensor,
+    *,
+    steps: int,
+    condition: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+) -> Iterator[TrainStep]:
     """Algorithm 3: trains eps_theta by E ||eps_theta(x_t, t) - eps||^2 over x_0, t ~ U{1..T}, eps ~ N(0, I).
 
-    state  where to start and what is updated in place
-    x0     (n, ...) data on the denoiser's device
-    abar   (T+1,) signal levels
-    steps  number of steps in all, those already in `state` included
+    state      where to start and what is updated in place
+    x0         (n, ...) data on the denoiser's device
+    abar       (T+1,) signal levels
+    steps      number of steps in all, those already in `state` included
+    condition  (rows (B,) of x0, generator) -> what a conditional denoiser takes as its third argument, such as captions
     Yields a TrainStep for each. Raises FloatingPointError, before the weights are touched, if the loss is not finite.
     """
     T = len(abar) - 1
     while state.step < steps:
         draw = {"generator": state.generator, "device": x0.device}
-        x = x0[torch.randint(len(x0), (state.batch_size,), **draw)]
+        rows = torch.randint(len(x0), (state.batch_size,), **draw)
+        x, given = x0[rows], () if condition is None else (condition(rows, state.generator),)
         t = torch.randint(1, T + 1, (len(x),), **draw)
         eps = torch.randn(x.shape, **draw, dtype=x.dtype)
         x_t = schedules.noise(x, eps, abar[t.to(abar.device)])
-        loss = (state.denoiser(x_t, t) - eps).square().mean()
-        value = loss.item()
-        if not value < float("inf"):
-            raise FloatingPointError(
-                f"the loss is {value} at step {state.step + 1}; lower lr = {state.lr} or resume the last checkpoint"
-            )
-        state.optimizer.param_groups[0]["lr"] = state.learning_rate()
-        state.optimizer.zero_grad()
-        loss.backward()
-        state.optimizer.step()
-        state.ema.update_parameters(state.denoiser)
-        state.step += 1
-        state.cost += 3 * len(x)
-        state.losses.append(value)
+        loss = (state.denoiser(x_t, t, *given) - eps).square().mean()
+        value = state.update(loss, 3 * len(x))
         yield TrainStep(state.step, value, state.cost)

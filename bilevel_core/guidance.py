@@ -176,21 +176,23 @@ class CostMeter:
     """A denoiser that counts what it costs, in units of one image through one forward pass.
 
     forward 1, backward into the weights 2, backward into the input 1, one forward-mode (jvp) tangent 1; each per image.
-    What a backward costs is counted when it runs. Read or reset `cost`; `calls` counts network calls.
+    What a backward costs is counted when it runs. Read or reset `cost`; `calls` counts network calls. A denoiser may
+    say by an attribute `passes` how many forwards it takes for each image (two with classifier-free guidance).
     """
 
     def __init__(self, denoiser: Callable[[Tensor, int | Tensor], Tensor]):
         self.denoiser, self.cost, self.calls = denoiser, 0, 0
+        self.passes = getattr(denoiser, "passes", 1)
 
     def __call__(self, x: Tensor, t: int | Tensor) -> Tensor:
-        eps_hat = self.denoiser(x, t)
+        eps_hat, images = self.denoiser(x, t), len(x) * self.passes
         self.calls += 1
-        self.cost += len(x) * (1 + _has_tangent(x, t))
+        self.cost += images * (1 + _has_tangent(x, t))
         if eps_hat.requires_grad:
             weights = getattr(self.denoiser, "parameters", tuple)()
             backward = 2 * any(w.requires_grad for w in weights) + x.requires_grad
 
-            def count(_: Tensor, images: int = len(x)) -> None:
+            def count(_: Tensor) -> None:
                 self.cost += images * backward
 
             eps_hat.register_hook(count)

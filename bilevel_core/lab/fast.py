@@ -34,6 +34,7 @@ def fast(denoiser: nn.Module, example_x: Tensor) -> Callable[[Tensor, int | Tens
             return denoiser(x, t)
         return frozen(x, torch.as_tensor(t).reshape(-1))
 
+    fast_denoiser.passes = getattr(denoiser, "passes", 1)
     return fast_denoiser
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import captions
+
 # ---------------------------------------------------------------- denoisers
 
 # Side of the image, channels per level, and how many pixels are folded into channels first.
@@ -19,6 +21,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"side": 8, "channels": (32, 32), "fold": 1},
     "mnist28": {"side": 28, "channels": (16, 32, 32), "fold": 1},
     "mnist28_folded": {"side": 28, "channels": (32, 64), "fold": 2},
+}
+
+# Channels per level, how many pixels are folded into channels first, and the width of a word.
+TEXT_SIZES: dict[str, dict[str, Any]] = {
+    "tiny_text": {"channels": (16, 16), "fold": 4, "width": 16},
+    "mnist28_text": {"channels": (32, 64), "fold": 2, "width": 64},
 }
 
 
@@ -74,6 +82,86 @@ class Denoiser(nn.Module):
             return output
         abar_t = torch.as_tensor(self.abar, device=x.device)[t].reshape(-1, 1, 1, 1)
         return (x - abar_t.sqrt().to(x.dtype) * output) / (1 - abar_t).sqrt().to(x.dtype)
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser `eps_hat = denoiser(x, t, text)` for MNIST, around diffusers' `UNet2DConditionModel`.
+
+    size  one of TEXT_SIZES
+    seed  of the initial weights; torch's global generator is left as it was
+    x (B, 1, 28, 28); t an int or (B,) int64, values 1..T; text (B, CONTEXT) or (CONTEXT,) ids of `captions.encode`. The
+    words are embedded here: one by one for the cross-attention, and averaged for the time embedding.
+    """
+
+    def __init__(self, size: str = "mnist28_text", *, seed: int = 0) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        if size not in TEXT_SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(TEXT_SIZES)}")
+        shape = TEXT_SIZES[size]
+        self.size, self.side, self.fold = size, 28, shape["fold"]
+        levels, inputs, width = len(shape["channels"]), self.fold**2, shape["width"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.words = nn.Embedding(len(captions.WORDS), width)
+            self.places = nn.Parameter(0.1 * torch.randn(captions.CONTEXT, width))
+            self.unet = UNet2DConditionModel(
+                sample_size=self.side // self.fold,
+                in_channels=inputs,
+                out_channels=inputs,
+                block_out_channels=shape["channels"],
+                down_block_types=("DownBlock2D",) * levels,
+                up_block_types=("UpBlock2D",) * levels,
+                layers_per_block=1,
+                norm_num_groups=8,
+                cross_attention_dim=width,
+                attention_head_dim=8,
+                class_embed_type="simple_projection",
+                projection_class_embeddings_input_dim=width,
+            )
+
+    def forward(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+        if x.shape[1:] != (1, self.side, self.side):
+            raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
+        words = self.words(text.expand(len(x), -1))
+        output = self.unet(
+            functional.pixel_unshuffle(x, self.fold),
+            t - 1,
+            encoder_hidden_states=words + self.places,
+            class_labels=words.mean(1),
+        ).sample
+        return functional.pixel_shuffle(output, self.fold)
+
+
+class Prompted(nn.Module):
+    """A text denoiser with its prompt, as a denoiser `eps_hat = denoiser(x, t)`, by classifier-free guidance.
+
+    eps_hat = eps(x, t, "") + scale (eps(x, t, prompt) - eps(x, t, "")), both in one call on the doubled batch (Ho and
+    Salimans, arXiv 2207.12598). scale 1 is the conditional model alone, 0 the unconditional one, each in a single pass.
+
+    prompt  a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT)
+    `passes` is what a call costs in forwards per image. Raises ValueError for an unknown word or a scale that is not
+    finite or negative.
+    """
+
+    def __init__(self, denoiser: TextDenoiser, prompt: str | Tensor, scale: float = 1.5) -> None:
+        super().__init__()
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"scale = {scale} must be finite and at least 0")
+        self.denoiser, self.scale, self.passes = denoiser, scale, 1 if scale in (0, 1) else 2
+        ids = captions.encode([prompt]) if isinstance(prompt, str) else prompt.reshape(-1, captions.CONTEXT)
+        device = denoiser.places.device
+        self.text, self.empty = ids.to(device), captions.encode([""]).to(device)
+        self.train(denoiser.training)
+
+    def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        if self.passes == 1:
+            return self.denoiser(x, t, self.text if self.scale else self.empty)
+        text = torch.cat([self.text.expand(len(x), -1), self.empty.expand(len(x), -1)])
+        both = t.expand(len(x)).repeat(2) if isinstance(t, Tensor) and t.dim() else t
+        with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
+        return without + self.scale * (with_text - without)
 
 
 # ---------------------------------------------------------------- classifiers
@@ -151,13 +239,13 @@ def load_classifier(name: str) -> _Classifier:
     from safetensors.torch import load
 
     classifier = CLASSIFIERS[_known(name)]()
-    classifier.load_state_dict(load(_shipped(name, f"classifier_{name}.safetensors")))
+    classifier.load_state_dict(load(shipped(f"classifier_{name}", f"classifier_{name}.safetensors")))
     return classifier.eval().requires_grad_(False)
 
 
 def classifier_card(name: str) -> dict[str, Any]:
     """How a shipped classifier was made: configuration, log of the losses, accuracies, hashes, provenance."""
-    return json.loads(_weights().joinpath(f"classifier_{_known(name)}.json").read_text(encoding="utf-8"))
+    return card(f"classifier_{_known(name)}")
 
 
 def reference_features(name: str, split: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -178,7 +266,7 @@ def _reference(name: str, split: str) -> dict[str, Tensor]:
 
     if split not in ("train", "val", "test"):
         raise ValueError(f"split {split!r} is not one of train, val, test")
-    return load(_shipped(_known(name), f"features_{name}_{split}.safetensors"))
+    return load(shipped(f"classifier_{_known(name)}", f"features_{name}_{split}.safetensors"))
 
 
 def _known(name: str) -> str:
@@ -187,13 +275,41 @@ def _known(name: str) -> str:
     return name
 
 
-def _weights():
-    return importlib.resources.files("bilevel_core.lab") / "weights"
+# ---------------------------------------------------------------- shipped files
 
 
-def _shipped(name: str, file: str) -> bytes:
-    """The bytes of a shipped file, checked against the SHA-256 in the card of classifier `name`."""
-    data, expected = _weights().joinpath(file).read_bytes(), classifier_card(name)["sha256"][file]
+def card(name: str) -> dict[str, Any]:
+    """What is recorded about a shipped model: configuration, log, measurements, SHA-256 of its files, provenance."""
+    path = _weights() / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no card {name}.json among the shipped weights: install the package again, or train it"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shipped(name: str, file: str) -> bytes:
+    """The bytes of a shipped file. Raises ValueError where its SHA-256 is not the one in the card `name`."""
+    expected, path = card(name)["sha256"][file], _weights() / file
+    if not path.is_file():
+        raise FileNotFoundError(f"shipped file {file} is missing: install the package again")
+    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
         raise ValueError(f"shipped file {file} was altered (its SHA-256 is not {expected}): install the package again")
     return data
+
+
+def load_text_denoiser() -> TextDenoiser:
+    """The shipped text-conditional denoiser of MNIST, frozen, in eval mode, on the CPU in float32.
+
+    Its schedule and its measured quality are in `card("text_denoiser")`. Raises as `shipped` does.
+    """
+    from safetensors.torch import load
+
+    denoiser = TextDenoiser(card("text_denoiser")["recipe"]["size"])
+    denoiser.load_state_dict(load(shipped("text_denoiser", "text_denoiser.safetensors")))
+    return denoiser.eval().requires_grad_(False)
+
+
+def _weights():
+    return importlib.resources.files("bilevel_core.lab") / "weights"
