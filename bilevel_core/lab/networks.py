@@ -124,7 +124,7 @@ class TextDenoiser(nn.Module):
     def forward(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
         if x.shape[1:] != (1, self.side, self.side):
             raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
-        words = self.words(text.expand(len(x), -1))
+        words = self.words(text.expand(x.shape[0], -1))  # not len(x), which a recording would fix
         output = self.unet(
             functional.pixel_unshuffle(x, self.fold),
             t - 1,
@@ -158,8 +158,8 @@ class Prompted(nn.Module):
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         if self.passes == 1:
             return self.denoiser(x, t, self.text if self.scale else self.empty)
-        text = torch.cat([self.text.expand(len(x), -1), self.empty.expand(len(x), -1)])
-        both = t.expand(len(x)).repeat(2) if isinstance(t, Tensor) and t.dim() else t
+        text = torch.cat([self.text.expand(x.shape[0], -1), self.empty.expand(x.shape[0], -1)])
+        both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
         with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
         return without + self.scale * (with_text - without)
 
