@@ -65,6 +65,10 @@ def test_a_prompted_denoiser_is_fast_and_guided_like_any_other(denoiser):
     with torch.no_grad():
         for n, t in ((3, 5), (7, torch.tensor([1, 2, 3, 4, 5, 6, 7]))):
             torch.testing.assert_close(quick(noise(n), t), prompted(noise(n), t), atol=2e-5, rtol=1e-4)
+        recorded = fast(denoiser, x, captions.encode([PROMPT]))  # once for all prompts
+        for prompt in (PROMPT, "a two", captions.encode(["a one", "a two", "a three"])):
+            expected = networks.Prompted(denoiser, prompt, 2.0)(x, 5)
+            torch.testing.assert_close(networks.Prompted(recorded, prompt, 2.0)(x, 5), expected, atol=2e-5, rtol=1e-4)
     abar = text_models.abar(text_models.RECIPES["denoiser"])
     guide = guidance.LookAhead(prompted, lambda x0: x0.mean((1, 2, 3)), 1e-3, abar, [1000, 500, 1])
     with torch.no_grad():

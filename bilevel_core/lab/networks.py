@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,25 +141,26 @@ class Prompted(nn.Module):
     eps_hat = eps(x, t, "") + scale (eps(x, t, prompt) - eps(x, t, "")), both in one call on the doubled batch (Ho and
     Salimans, arXiv 2207.12598). scale 1 is the conditional model alone, 0 the unconditional one, each in a single pass.
 
-    prompt  a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT)
+    denoiser  a `TextDenoiser`, or `fast` of one
+    prompt    a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT)
     `passes` is what a call costs in forwards per image. Raises ValueError for an unknown word or a scale that is not
     finite or negative.
     """
 
-    def __init__(self, denoiser: TextDenoiser, prompt: str | Tensor, scale: float = 1.5) -> None:
+    def __init__(self, denoiser: Callable[..., Tensor], prompt: str | Tensor, scale: float = 1.5) -> None:
         super().__init__()
         if not 0 <= scale < float("inf"):
             raise ValueError(f"scale = {scale} must be finite and at least 0")
         self.denoiser, self.scale, self.passes = denoiser, scale, 1 if scale in (0, 1) else 2
         ids = captions.encode([prompt]) if isinstance(prompt, str) else prompt.reshape(-1, captions.CONTEXT)
-        device = denoiser.places.device
-        self.text, self.empty = ids.to(device), captions.encode([""]).to(device)
-        self.train(denoiser.training)
+        self.text, self.empty = ids, captions.encode([""])
+        self.train(getattr(denoiser, "training", False))
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        text, empty = self.text.to(x.device), self.empty.to(x.device)
         if self.passes == 1:
-            return self.denoiser(x, t, self.text if self.scale else self.empty)
-        text = torch.cat([self.text.expand(x.shape[0], -1), self.empty.expand(x.shape[0], -1)])
+            return self.denoiser(x, t, text if self.scale else empty)
+        text = torch.cat([text.expand(x.shape[0], -1), empty.expand(x.shape[0], -1)])
         both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
         with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
         return without + self.scale * (with_text - without)
