@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..algorithms import ScoreTraining, TrainStep
-from . import captions
+from . import captions, networks
 
 CONFIG = {
     "embed_dim": 64,
@@ -31,6 +31,15 @@ def build(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIP(**CONFIG)
+
+
+def load() -> nn.Module:
+    """The shipped CLIP, frozen, in eval mode, on the CPU in float32. Raises as `networks.shipped` does."""
+    from safetensors.torch import load
+
+    model = build()
+    model.load_state_dict(load(networks.shipped("clip", "clip.safetensors")))
+    return model.eval().requires_grad_(False)
 
 
 def encode_images(model: nn.Module, images: Tensor) -> Tensor:

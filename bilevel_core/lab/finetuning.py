@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from ..guidance import CostMeter
 from ..samplers import draw_x_T, sample_ddim, timesteps
 from . import captions, metrics, networks, text_models
+from .experiments import piece
 from .fast import fast
 
 
@@ -41,6 +44,10 @@ class Chain:
         """The sampling grid."""
         return timesteps(len(self.abar) - 1, self.steps)
 
+    def denoise(self, prompt: str | Tensor) -> networks.Prompted:
+        """The denoiser of p_0 for a prompt, or for token ids by row."""
+        return networks.Prompted(self.denoiser, prompt, self.scale)
+
     @torch.no_grad()
     def sample(
         self,
@@ -61,8 +68,9 @@ class Chain:
         starts, images, cost = range(0, n, batch), [], 0
         for start in progress(starts) if progress else starts:
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
-            meter = CostMeter(networks.Prompted(self.denoiser, ids[start : start + batch], self.scale))
-            x = draw_x_T((len(ids[start : start + batch]), 1, 28, 28), self.abar, generator=generator, device=device)
+            part = ids[start : start + batch]
+            meter = CostMeter(self.denoise(part))
+            x = draw_x_T((len(part), 1, 28, 28), self.abar, generator=generator, device=device)
             images.append(sample_ddim(meter, x, self.abar, self.ts, eta=self.eta, generator=generator))
             cost += meter.cost
         return torch.cat(images), cost
@@ -97,3 +105,38 @@ def follow(images: Tensor, classifier: nn.Module, reference: Tensor | None = Non
     if reference is not None:
         report["frechet"] = metrics.frechet(features.double().cpu(), reference)
     return report
+
+
+def prompt_study(
+    settings: Sequence[tuple[float, int]],
+    *,
+    split: str,
+    seeds: int,
+    n: int,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Callable | None = None,
+) -> list[dict]:
+    """`follow` for the shipped chain at each (scale, steps), against the reference features of a split.
+
+    n      images for each seed and setting, the 90 complete captions in turn
+    folder where pieces live; a killed study goes on there
+    Returns a row for each setting and seed: scale, steps, seed, cost, wall_s and what `follow` reports.
+    """
+    classifier = networks.load_classifier("mnist28").to(device)
+    hashes = {name: networks.card(name)["sha256"] for name in ("text_denoiser", "classifier_mnist28")}
+    reference = networks.reference_features("mnist28", split)
+
+    def compute(scale: float, steps: int, seed: int) -> dict:
+        chain = Chain.shipped(device, scale=scale, steps=steps)
+        images, cost = chain.sample(FULL_CAPTIONS, n, seed, device=device, progress=progress)
+        enough = n >= 2 * classifier.num_features
+        return {"cost": cost} | follow(images, classifier, reference if enough else None)
+
+    rows = []
+    for (scale, steps), seed in itertools.product(settings, range(seeds)):
+        config = {"scale": scale, "steps": steps, "seed": seed, "n": n, "split": split, "weights": hashes}
+        path = folder / f"prompts_{split}_{scale:g}_{steps}_{seed}.json"
+        found = piece(path, config, lambda s=scale, k=steps, i=seed: compute(s, k, i))
+        rows.append({"scale": scale, "steps": steps, "seed": seed} | {k: v for k, v in found.items() if k != "config"})
+    return rows
