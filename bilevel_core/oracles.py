@@ -124,7 +124,8 @@ class Mixture1D:
             raise ValueError(f"curvature = {curvature:g} must be below 1/s^2 = {(1 / s**2).min():g} of every component")
         mean = (m / s**2 + slope) / precision
         log_w = w.log() - s.log() - precision.log() / 2 + (mean**2 * precision - m**2 / s**2) / 2
-        return Mixture1D(*(tuple(v.tolist()) for v in (log_w.softmax(0), mean, precision.rsqrt())))
+        weights = log_w.softmax(0).clamp(min=1e-300)  # a strong tilt leaves a component no weight that rounds above 0
+        return Mixture1D(*(tuple(v.tolist()) for v in (weights, mean, precision.rsqrt())))
 
     def quadrature(self, low: float = -20.0, high: float = 120.0, n: int = 14001) -> tuple[Tensor, Tensor]:
         """Nodes x (n,) and log-weights (n,) with sum_i w_i h(x_i) = E_p[h] to rounding for smooth h, also after tilts.

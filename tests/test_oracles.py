@@ -206,3 +206,10 @@ def test_bad_input():
         oracles.Mixture1D((0.5, 0.5), (0.0,), (1.0,))
     with pytest.raises(ValueError, match="stds be positive"):
         oracles.Mixture1D((1.0,), (0.0,), (0.0,))
+
+
+def test_a_tilt_so_strong_that_a_component_vanishes_is_still_a_mixture():
+    law = oracles.Mixture1D().tilt(100.0)
+    assert law.weights[0] < 1e-200 and law.weights[1] == 1.0
+    assert law.means[1] == pytest.approx(1.5 + 100 * 0.9**2)
+    assert torch.isfinite(law.log_prob(torch.tensor([47.5, 82.5]))).all()
