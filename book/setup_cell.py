@@ -6,16 +6,15 @@ import os
 import sys
 
 if "google.colab" in sys.modules or "BILEVEL_COLAB" in os.environ:
-    import importlib.metadata
     import subprocess
+    from importlib.metadata import distributions
     from pathlib import Path
 
     def run(*command):
         subprocess.run(command, check=True)
 
     if not REPOSITORY:
-        message = "REPOSITORY is empty: open this notebook by the badge on its page"
-        raise RuntimeError(f"{message} of the book")
+        raise RuntimeError("REPOSITORY is empty: open this notebook by the badge")
     home = Path(os.environ.get("BILEVEL_COLAB", "/content"))
     clone = home / REPOSITORY.rstrip("/").split("/")[-1].removesuffix(".git")
     done = clone / ".git" / f"installed-{REF}"
@@ -27,8 +26,7 @@ if "google.colab" in sys.modules or "BILEVEL_COLAB" in os.environ:
         run("git", "-C", str(clone), "checkout", "--quiet", "--detach", REF)
         # Keep the torch that Colab brings, and what was built against it.
         keep = {"torch", "torchvision", "torchaudio", "numpy"}
-        found = importlib.metadata.distributions()
-        pins = {f"{d.name}=={d.version}" for d in found if d.name in keep}
+        pins = {f"{d.name}=={d.version}" for d in distributions() if d.name in keep}
         limits = home / "constraints-colab.txt"
         limits.write_text("\n".join(sorted(pins)))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", str(limits)]
