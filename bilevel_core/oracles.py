@@ -100,8 +100,10 @@ class Mixture1D:
     stds: tuple[float, ...] = (0.7, 0.9)
 
     def __post_init__(self):
-        if not len(self.weights) == len(self.means) == len(self.stds) or min(*self.weights, *self.stds) <= 0:
-            raise ValueError(f"weights, means, stds must have one length, weights and stds be positive: {self}")
+        lengths, sizes = {len(self.weights), len(self.means), len(self.stds)}, self.weights
+        # A weight may be 0: a strong tilt leaves nothing of the components behind.
+        if len(lengths) > 1 or min(self.stds) <= 0 or min(sizes) < 0 or not max(sizes) > 0:
+            raise ValueError(f"weights (at least 0, not all 0), means and stds (positive) must have one length: {self}")
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), any shape."""

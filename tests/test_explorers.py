@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bilevel_core import oracles, schedules
+from bilevel_core import estimators, oracles, schedules
 from bilevel_core.lab import explorers
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider
 
@@ -26,6 +26,11 @@ def schedule() -> Explorer:
 @pytest.fixture(scope="module")
 def penalty() -> Explorer:
     return explorers.penalty_explorer()
+
+
+@pytest.fixture(scope="module")
+def lam() -> Explorer:
+    return explorers.lam_explorer()
 
 
 def small(**changes) -> Explorer:
@@ -209,6 +214,32 @@ def test_penalty_explorer_tells_a_wrong_sign(penalty):
     assert not penalty.evaluate(gamma=1e4, lam=1.0)["warn"]
 
 
+def test_lam_explorer_shows_the_estimators_and_the_oracle(lam):
+    problem = oracles.Mixture1D().problem()
+    for n, strength, gamma in (("2000", 0.71, 10.0), ("2000", 4.0, 1000.0), ("200", 1.0, 1.0)):
+        result = lam.evaluate(lam=strength, gamma=gamma, n=n)
+        found = readout(result)
+        assert found["(A), exact"] == pytest.approx(problem.penalty_grad(strength, gamma).item(), rel=1e-8)
+        assert found["E r_{up}, exact"] == pytest.approx(-problem.value(strength).item(), rel=1e-8)
+        assert abs(found["(A), batch"] - found["(A), exact"]) < 4 * found["its standard error"]
+        lines = {line["label"]: line for line in result["grad"]}
+        arguments = (problem.r_up, problem.r_low, lines["est1, exact"]["x"][20], gamma, problem.log_p0)
+        est1 = estimators.lam_grad_released_est1(*arguments)[0].item()
+        assert lines["est1, exact"]["y"][20] == pytest.approx(est1, rel=1e-6)
+
+
+def test_lam_explorer_says_what_to_do(lam):
+    def said(**values):
+        result = lam.evaluate(**values)
+        return result["message"], result["warn"]
+
+    assert said(lam=0.71) == (explorers._LAM_SAYS["raise"], False)
+    assert said(lam=5.0) == (explorers._LAM_SAYS["lower"], False)
+    assert said(lam=1.2) == (explorers._LAM_SAYS["stop"], False)
+    assert said(lam=0.3) == (explorers._LAM_SAYS["few"], True)
+    assert said(lam=1.0, n="200")[1]
+
+
 # ---- in a live kernel ---------------------------------------------------------------------------------------------
 def widgets_of(box) -> tuple[dict, object, object, object]:
     """The controls by description, the button, the readout and the picture."""
@@ -340,13 +371,17 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("which", ["schedule", "penalty"])
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam"])
 def test_javascript_agrees_with_python(which, page, request):
     explorer = request.getfixturevalue(which)
     page.set_content(document(explorer))
     settings = [*corners(explorer), explorer.defaults()]
     if which == "penalty":
         settings += [{"gamma": g, "lam": v} for g, v in ((0.2, 0.79), (13.0, 0.16), (450.0, 1.2), (2500.0, 7.1))]
+    elif which == "lam":
+        settings += [
+            {"lam": v, "gamma": g, "n": n} for v, g, n in ((0.28, 10.0, "200"), (1.2, 400.0, "2000"), (7.1, 1.0, "200"))
+        ]
     else:
         settings += [
             {"kind": k, "form": f, "start": 0.13, "end": 0.83, "tau": 1.35, "epsilon": 0.1}

@@ -204,5 +204,16 @@ def test_bad_input():
             PROBLEM.p_gamma(lam, gamma)
     with pytest.raises(ValueError, match="must have one length"):
         oracles.Mixture1D((0.5, 0.5), (0.0,), (1.0,))
-    with pytest.raises(ValueError, match="stds be positive"):
-        oracles.Mixture1D((1.0,), (0.0,), (0.0,))
+    for weights, stds in [((1.0,), (0.0,)), ((-0.1,), (1.0,)), ((0.0,), (1.0,))]:
+        with pytest.raises(ValueError, match=r"weights \(at least 0, not all 0\), means and stds \(positive\)"):
+            oracles.Mixture1D(weights, (0.0,), stds)
+
+
+def test_a_tilt_may_leave_nothing_of_a_component():
+    """A strong tilt multiplies one weight by less than the smallest float: the law stays usable."""
+    strong = MIXTURE.tilt(100.0)
+    assert strong.weights == (0.0, 1.0) and strong.means[1] == pytest.approx(1.5 + 81)
+    x = strong.sample(1000, torch.Generator().manual_seed(0))
+    assert (x > 70).all() and torch.isfinite(strong.log_prob(x)).all()
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 50)
+    assert torch.isfinite(strong.denoiser(abar)(x, 25)).all()
