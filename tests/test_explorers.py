@@ -33,6 +33,11 @@ def lam() -> Explorer:
     return explorers.lam_explorer()
 
 
+@pytest.fixture(scope="module")
+def tilt() -> Explorer:
+    return explorers.tilt_explorer(samples=1500, points=60, steps=60)
+
+
 def small(**changes) -> Explorer:
     """A little explorer of its own: y = a x with a picture."""
 
@@ -179,8 +184,8 @@ def test_schedule_explorer_speaks_where_q_is_not_admissible_or_does_not_reach_no
     assert "abar_T" in dark["message"] and readout(dark)["ᾱ_{T}"] >= schedules.MIN_ABAR
 
 
-def test_no_setting_of_the_sliders_is_dead(schedule, penalty):
-    for explorer in (schedule, penalty):
+def test_no_setting_of_the_sliders_is_dead(schedule, penalty, lam, tilt):
+    for explorer in (schedule, penalty, lam, tilt):
         for values in corners(explorer):
             result = explorer.evaluate(**values)
             assert result["readout"], f"nothing is drawn at {values}"
@@ -238,6 +243,32 @@ def test_lam_explorer_says_what_to_do(lam):
     assert said(lam=1.2) == (explorers._LAM_SAYS["stop"], False)
     assert said(lam=0.3) == (explorers._LAM_SAYS["few"], True)
     assert said(lam=1.0, n="200")[1]
+
+
+def test_tilt_explorer_shows_the_exact_law_and_two_samplers(tilt):
+    for lam in (0.4, 2.0, 10.0):
+        result = tilt.evaluate(lam=lam)
+        lines, found = {line["label"]: line for line in result["line"]}, readout(result)
+        law = oracles.Mixture1D().tilt(1 / lam)
+        x = torch.tensor(lines["exact tilt"]["x"], dtype=torch.float64)
+        shown = torch.tensor(lines["exact tilt"]["y"], dtype=torch.float64)
+        assert torch.allclose(shown, law.log_prob(x).exp(), atol=1e-4)
+        width = lines["particles"]["x"][1] - lines["particles"]["x"][0]
+        for name in ("guided", "particles"):
+            assert sum(lines[name]["y"]) * width == pytest.approx(1, abs=0.02)
+        mean = sum(w * m for w, m in zip(law.weights, law.means, strict=True))
+        assert found["mean, exact"] == pytest.approx(float(mean), abs=1e-9)
+        assert found["mean, particles"] == pytest.approx(float(mean), abs=0.2)
+        assert found["distance, particles"] == pytest.approx(found["distance, exact"], rel=0.1)
+        assert len(result["cloud"][-1]["x"]) == len(result["swarm"][-1]["x"]) == 60
+
+
+def test_tilt_explorer_tells_where_guidance_is_biased(tilt):
+    close, biased = tilt.evaluate(lam=10.0), tilt.evaluate(lam=0.4)
+    assert (close["message"], close["warn"]) == (explorers._TILT_SAYS["close"], False)
+    assert (biased["message"], biased["warn"]) == (explorers._TILT_SAYS["biased"], True)
+    assert readout(biased)["mean, guided"] > readout(biased)["mean, exact"] + 0.2
+    assert readout(biased)["distance, guided"] < 0.9 * readout(biased)["distance, exact"]
 
 
 # ---- in a live kernel ---------------------------------------------------------------------------------------------
@@ -371,7 +402,7 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("which", ["schedule", "penalty", "lam"])
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt"])
 def test_javascript_agrees_with_python(which, page, request):
     explorer = request.getfixturevalue(which)
     page.set_content(document(explorer))
@@ -382,6 +413,8 @@ def test_javascript_agrees_with_python(which, page, request):
         settings += [
             {"lam": v, "gamma": g, "n": n} for v, g, n in ((0.28, 10.0, "200"), (1.2, 400.0, "2000"), (7.1, 1.0, "200"))
         ]
+    elif which == "tilt":
+        settings += [{"lam": v} for v in (0.45, 0.9, 1.6, 6.3)]
     else:
         settings += [
             {"kind": k, "form": f, "start": 0.13, "end": 0.83, "tau": 1.35, "epsilon": 0.1}
