@@ -26,7 +26,7 @@ help:
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
-	@echo "make bench                  benchmark of sampling and training, a printed table"
+	@echo "make bench                  benchmarks of sampling, guidance and training, printed tables"
 	@echo "make format                 format the code and strip the notebooks' outputs"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
@@ -48,6 +48,7 @@ lab: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/training.py
 
 format: $(READY)

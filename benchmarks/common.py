@@ -1,4 +1,4 @@
-"""What both benchmarks share: options, interleaved timing, peak memory in a fresh process, and the table."""
+"""What the benchmarks share: options, interleaved timing, peak memory in a fresh process, and the table."""
 
 import argparse
 import gc
@@ -19,7 +19,7 @@ COST_UNIT = """cost unit: one image through one network forward = 1; its backwar
 
 
 def options(description: str, *, batch: int, steps: int, steps_help: str) -> argparse.ArgumentParser:
-    """The options of both scripts; `--memory SIZE VARIANT` is how they call themselves."""
+    """The options of every script; `--memory SIZE VARIANT` is how they call themselves."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["mnist28", "small", "tiny"], choices=networks.SIZES)
     parser.add_argument("--batch", type=int, default=batch, help="images in a batch")

@@ -1,8 +1,8 @@
 """Problems with every answer in closed form, to test and to teach against. All arithmetic is float64.
 
 `Tilt` is the fine-tuning problem on finitely many points, `Mixture1D` supplies such points and an exact denoiser,
-`Gaussian` has exact tilts and an exact law of every discrete sampler, and `LinearGaussianSchedule` is the
-noise-schedule problem for one Gaussian coordinate and a linear denoiser.
+`Mixture` is such a law in any dimension, `Gaussian` has exact tilts and an exact law of every discrete sampler, and
+`LinearGaussianSchedule` is the noise-schedule problem for one Gaussian coordinate and a linear denoiser.
 """
 
 from collections.abc import Callable
@@ -100,8 +100,10 @@ class Mixture1D:
     stds: tuple[float, ...] = (0.7, 0.9)
 
     def __post_init__(self):
-        if not len(self.weights) == len(self.means) == len(self.stds) or min(*self.weights, *self.stds) <= 0:
-            raise ValueError(f"weights, means, stds must have one length, weights and stds be positive: {self}")
+        lengths, sizes = {len(self.weights), len(self.means), len(self.stds)}, self.weights
+        # A weight may be 0: a strong tilt leaves nothing of the components behind.
+        if len(lengths) > 1 or min(self.stds) <= 0 or min(sizes) < 0 or not max(sizes) > 0:
+            raise ValueError(f"weights (at least 0, not all 0), means and stds (positive) must have one length: {self}")
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), any shape."""
@@ -124,8 +126,7 @@ class Mixture1D:
             raise ValueError(f"curvature = {curvature:g} must be below 1/s^2 = {(1 / s**2).min():g} of every component")
         mean = (m / s**2 + slope) / precision
         log_w = w.log() - s.log() - precision.log() / 2 + (mean**2 * precision - m**2 / s**2) / 2
-        weights = log_w.softmax(0).clamp(min=1e-300)  # a strong tilt leaves a component no weight that rounds above 0
-        return Mixture1D(*(tuple(v.tolist()) for v in (weights, mean, precision.rsqrt())))
+        return Mixture1D(*(tuple(v.tolist()) for v in (log_w.softmax(0), mean, precision.rsqrt())))
 
     def quadrature(self, low: float = -20.0, high: float = 120.0, n: int = 14001) -> tuple[Tensor, Tensor]:
         """Nodes x (n,) and log-weights (n,) with sum_i w_i h(x_i) = E_p[h] to rounding for smooth h, also after tilts.
@@ -161,6 +162,83 @@ class Mixture1D:
         """log(weight_k N(x; mean_k, std_k^2)), shape (..., K)."""
         z = (x[..., None] - means) / stds
         return _vector(self.weights).log() - z**2 / 2 - stds.log() - 0.9189385332046727  # log(2 pi)/2
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture sum_k weights_k N(means_k, covs_k) in d dimensions, with exact tilts and an exact denoiser.
+
+    weights (K,), at least 0 and not all 0; means (K, d); covs (K, d, d), symmetric positive definite
+    """
+
+    weights: Tensor
+    means: Tensor
+    covs: Tensor
+
+    def __post_init__(self):
+        (k, d), w = self.means.shape, self.weights
+        if w.shape != (k,) or self.covs.shape != (k, d, d) or not (w >= 0).all() or not w.max() > 0:
+            shapes = [tuple(v.shape) for v in (w, self.means, self.covs)]
+            raise ValueError(
+                f"weights (K,), at least 0, means (K, d) and covs (K, d, d) are {w.tolist()} with {shapes}"
+            )
+
+    def _components(self, x: Tensor) -> Tensor:
+        """log N(x; mean_k, cov_k), (..., K)."""
+        return torch.distributions.MultivariateNormal(self.means, self.covs).log_prob(x[..., None, :])
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), shape (...), for x (..., d)."""
+        return (self._components(x) + (self.weights / self.weights.sum()).log()).logsumexp(-1)
+
+    def share(self, x: Tensor) -> Tensor:
+        """Probability (..., K) that x (..., d) comes from each component."""
+        return (self._components(x) + self.weights.log()).softmax(-1)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n independent draws, (n, d)."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[k] + (torch.linalg.cholesky(self.covs)[k] @ z[..., None])[..., 0]
+
+    def mean_cov(self) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and covariance (d, d)."""
+        w = self.weights / self.weights.sum()
+        mean = w @ self.means
+        apart = self.means - mean
+        return mean, (w[:, None, None] * (self.covs + apart[:, :, None] * apart[:, None])).sum(0)
+
+    def tilt(self, slope: Tensor, curvature: Tensor | float = 0.0) -> "Mixture":
+        """The law p(x) exp(<slope, x> + <x, curvature x>/2), again a mixture; slope (d,), curvature (d, d) or a number.
+
+        Raises ValueError if it cannot be normalised.
+        """
+        d = self.means.shape[1]
+        precision = torch.linalg.inv(self.covs)
+        bend = curvature if isinstance(curvature, Tensor) else curvature * torch.eye(d, dtype=self.means.dtype)
+        narrowed = precision - bend
+        if not (torch.linalg.eigvalsh(narrowed) > 0).all():
+            raise ValueError(f"curvature = {curvature} must be below the inverse covariance of every component")
+        pull = (precision @ self.means[..., None])[..., 0] + slope
+        means = torch.linalg.solve(narrowed, pull)
+        log_w = self.weights.log() + (torch.logdet(precision) - torch.logdet(narrowed)) / 2
+        log_w = log_w + ((means * pull).sum(1) - (self.means * (pull - slope)).sum(1)) / 2
+        return Mixture(log_w.softmax(0), means, torch.linalg.inv(narrowed))
+
+    def diffused(self, abar_t: Tensor) -> "Mixture":
+        """The law of x_t."""
+        identity = torch.eye(self.means.shape[1], dtype=self.means.dtype)
+        return Mixture(self.weights, abar_t.sqrt() * self.means, abar_t * self.covs + (1 - abar_t) * identity)
+
+    def denoiser(self, abar: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The exact denoiser E[eps | x_t]; x (B, d), t an int in 1..T."""
+
+        def eps_hat(x: Tensor, t: int) -> Tensor:
+            law = self.diffused(abar[t])
+            towards = torch.linalg.solve(law.covs, (law.means - x[:, None])[..., None])[..., 0]
+            return -(1 - abar[t]).sqrt() * (law.share(x)[..., None] * towards).sum(1)
+
+        return eps_hat
 
 
 @dataclass(frozen=True)

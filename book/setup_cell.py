@@ -6,27 +6,31 @@ import os
 import sys
 
 if "google.colab" in sys.modules or "BILEVEL_COLAB" in os.environ:
-    import importlib.metadata
     import subprocess
+    from importlib.metadata import distributions
     from pathlib import Path
 
+    def run(*command):
+        subprocess.run(command, check=True)
+
     if not REPOSITORY:
-        raise RuntimeError("REPOSITORY is empty: open this notebook by the badge on its page of the book")
+        raise RuntimeError("REPOSITORY is empty: open this notebook by the badge")
     home = Path(os.environ.get("BILEVEL_COLAB", "/content"))
     clone = home / REPOSITORY.rstrip("/").split("/")[-1].removesuffix(".git")
     done = clone / ".git" / f"installed-{REF}"
     if not done.exists():
         print(f"Installing {REPOSITORY} at {REF[:12]}: about a minute ...")
         if not clone.exists():
-            subprocess.run(["git", "clone", "--quiet", REPOSITORY, str(clone)], check=True)
-        subprocess.run(["git", "-C", str(clone), "fetch", "--quiet", "origin"], check=True)
-        subprocess.run(["git", "-C", str(clone), "checkout", "--quiet", "--detach", REF], check=True)
+            run("git", "clone", "--quiet", REPOSITORY, str(clone))
+        run("git", "-C", str(clone), "fetch", "--quiet", "origin")
+        run("git", "-C", str(clone), "checkout", "--quiet", "--detach", REF)
         # Keep the torch that Colab brings, and what was built against it.
         keep = {"torch", "torchvision", "torchaudio", "numpy"}
-        pins = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions() if d.name in keep}
-        (home / "constraints-colab.txt").write_text("\n".join(sorted(pins)))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", str(home / "constraints-colab.txt")]
-        subprocess.run([*pip, f"{clone}[lab]"], check=True)
+        pins = {f"{d.name}=={d.version}" for d in distributions() if d.name in keep}
+        limits = home / "constraints-colab.txt"
+        limits.write_text("\n".join(sorted(pins)))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", str(limits)]
+        run(*pip, f"{clone}[lab]")
         done.touch()
     if USE_DRIVE:  # checkpoints survive the end of the session
         from google.colab import drive
@@ -37,5 +41,5 @@ if "google.colab" in sys.modules or "BILEVEL_COLAB" in os.environ:
     import torch
 
     if not torch.cuda.is_available():
-        print("No GPU is attached. PROFILE = 'quick' needs none; for 'full' choose Runtime >")
-        print("Change runtime type > T4 GPU, then run this cell again.")
+        print("No GPU is attached. PROFILE = 'quick' needs none; for 'full' choose")
+        print("Runtime > Change runtime type > T4 GPU, then run this cell again.")

@@ -1,4 +1,4 @@
-"""Both benchmarks run at tiny sizes and print their tables; nothing here asserts a time."""
+"""The benchmarks run at tiny sizes and print their tables; nothing here asserts a time."""
 
 import re
 import subprocess
@@ -20,6 +20,7 @@ def run(root, script, *arguments):
     ("script", "variants"),
     [
         ("sampler.py", ["bare forwards", "sample_ddim", "diffusers loop", "... fast"]),
+        ("guidance.py", ["bare pairs", "LookAhead", "... micro-batch", "... checkpoint"]),
         ("training.py", ["bare steps", "train_score"]),
     ],
 )

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from bilevel_core import oracles, schedules
+from bilevel_core import estimators, oracles, schedules
 from bilevel_core.lab import explorers
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider
 
@@ -26,6 +26,16 @@ def schedule() -> Explorer:
 @pytest.fixture(scope="module")
 def penalty() -> Explorer:
     return explorers.penalty_explorer()
+
+
+@pytest.fixture(scope="module")
+def lam() -> Explorer:
+    return explorers.lam_explorer()
+
+
+@pytest.fixture(scope="module")
+def tilt() -> Explorer:
+    return explorers.tilt_explorer(samples=1500, points=60, steps=60)
 
 
 def small(**changes) -> Explorer:
@@ -174,8 +184,8 @@ def test_schedule_explorer_speaks_where_q_is_not_admissible_or_does_not_reach_no
     assert "abar_T" in dark["message"] and readout(dark)["ᾱ_{T}"] >= schedules.MIN_ABAR
 
 
-def test_no_setting_of_the_sliders_is_dead(schedule, penalty):
-    for explorer in (schedule, penalty):
+def test_no_setting_of_the_sliders_is_dead(schedule, penalty, lam, tilt):
+    for explorer in (schedule, penalty, lam, tilt):
         for values in corners(explorer):
             result = explorer.evaluate(**values)
             assert result["readout"], f"nothing is drawn at {values}"
@@ -207,6 +217,58 @@ def test_the_small_quadrature_is_as_good_as_the_large_one(penalty):
 def test_penalty_explorer_tells_a_wrong_sign(penalty):
     assert penalty.evaluate(gamma=0.1, lam=1.0)["warn"]  # argmin L_gamma 0.66 < lam < lam* = 1.21
     assert not penalty.evaluate(gamma=1e4, lam=1.0)["warn"]
+
+
+def test_lam_explorer_shows_the_estimators_and_the_oracle(lam):
+    problem = oracles.Mixture1D().problem()
+    for n, strength, gamma in (("2000", 0.71, 10.0), ("2000", 4.0, 1000.0), ("200", 1.0, 1.0)):
+        result = lam.evaluate(lam=strength, gamma=gamma, n=n)
+        found = readout(result)
+        assert found["(A), exact"] == pytest.approx(problem.penalty_grad(strength, gamma).item(), rel=1e-8)
+        assert found["E r_{up}, exact"] == pytest.approx(-problem.value(strength).item(), rel=1e-8)
+        assert abs(found["(A), batch"] - found["(A), exact"]) < 4 * found["its standard error"]
+        lines = {line["label"]: line for line in result["grad"]}
+        arguments = (problem.r_up, problem.r_low, lines["est1, exact"]["x"][20], gamma, problem.log_p0)
+        est1 = estimators.lam_grad_released_est1(*arguments)[0].item()
+        assert lines["est1, exact"]["y"][20] == pytest.approx(est1, rel=1e-6)
+
+
+def test_lam_explorer_says_what_to_do(lam):
+    def said(**values):
+        result = lam.evaluate(**values)
+        return result["message"], result["warn"]
+
+    assert said(lam=0.71) == (explorers._LAM_SAYS["raise"], False)
+    assert said(lam=5.0) == (explorers._LAM_SAYS["lower"], False)
+    assert said(lam=1.2) == (explorers._LAM_SAYS["stop"], False)
+    assert said(lam=0.3) == (explorers._LAM_SAYS["few"], True)
+    assert said(lam=1.0, n="200")[1]
+
+
+def test_tilt_explorer_shows_the_exact_law_and_two_samplers(tilt):
+    for lam in (0.4, 2.0, 10.0):
+        result = tilt.evaluate(lam=lam)
+        lines, found = {line["label"]: line for line in result["line"]}, readout(result)
+        law = oracles.Mixture1D().tilt(1 / lam)
+        x = torch.tensor(lines["exact tilt"]["x"], dtype=torch.float64)
+        shown = torch.tensor(lines["exact tilt"]["y"], dtype=torch.float64)
+        assert torch.allclose(shown, law.log_prob(x).exp(), atol=1e-4)
+        width = lines["particles"]["x"][1] - lines["particles"]["x"][0]
+        for name in ("guided", "particles"):
+            assert sum(lines[name]["y"]) * width == pytest.approx(1, abs=0.02)
+        mean = sum(w * m for w, m in zip(law.weights, law.means, strict=True))
+        assert found["mean, exact"] == pytest.approx(float(mean), abs=1e-9)
+        assert found["mean, particles"] == pytest.approx(float(mean), abs=0.2)
+        assert found["distance, particles"] == pytest.approx(found["distance, exact"], rel=0.1)
+        assert len(result["cloud"][-1]["x"]) == len(result["swarm"][-1]["x"]) == 60
+
+
+def test_tilt_explorer_tells_where_guidance_is_biased(tilt):
+    close, biased = tilt.evaluate(lam=10.0), tilt.evaluate(lam=0.4)
+    assert (close["message"], close["warn"]) == (explorers._TILT_SAYS["close"], False)
+    assert (biased["message"], biased["warn"]) == (explorers._TILT_SAYS["biased"], True)
+    assert readout(biased)["mean, guided"] > readout(biased)["mean, exact"] + 0.2
+    assert readout(biased)["distance, guided"] < 0.9 * readout(biased)["distance, exact"]
 
 
 # ---- in a live kernel ---------------------------------------------------------------------------------------------
@@ -340,13 +402,19 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("which", ["schedule", "penalty"])
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt"])
 def test_javascript_agrees_with_python(which, page, request):
     explorer = request.getfixturevalue(which)
     page.set_content(document(explorer))
     settings = [*corners(explorer), explorer.defaults()]
     if which == "penalty":
         settings += [{"gamma": g, "lam": v} for g, v in ((0.2, 0.79), (13.0, 0.16), (450.0, 1.2), (2500.0, 7.1))]
+    elif which == "lam":
+        settings += [
+            {"lam": v, "gamma": g, "n": n} for v, g, n in ((0.28, 10.0, "200"), (1.2, 400.0, "2000"), (7.1, 1.0, "200"))
+        ]
+    elif which == "tilt":
+        settings += [{"lam": v} for v in (0.45, 0.9, 1.6, 6.3)]
     else:
         settings += [
             {"kind": k, "form": f, "start": 0.13, "end": 0.83, "tau": 1.35, "epsilon": 0.1}

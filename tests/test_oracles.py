@@ -204,12 +204,77 @@ def test_bad_input():
             PROBLEM.p_gamma(lam, gamma)
     with pytest.raises(ValueError, match="must have one length"):
         oracles.Mixture1D((0.5, 0.5), (0.0,), (1.0,))
-    with pytest.raises(ValueError, match="stds be positive"):
-        oracles.Mixture1D((1.0,), (0.0,), (0.0,))
+    for weights, stds in [((1.0,), (0.0,)), ((-0.1,), (1.0,)), ((0.0,), (1.0,))]:
+        with pytest.raises(ValueError, match=r"weights \(at least 0, not all 0\), means and stds \(positive\)"):
+            oracles.Mixture1D(weights, (0.0,), stds)
 
 
-def test_a_tilt_so_strong_that_a_component_vanishes_is_still_a_mixture():
-    law = oracles.Mixture1D().tilt(100.0)
-    assert law.weights[0] < 1e-200 and law.weights[1] == 1.0
-    assert law.means[1] == pytest.approx(1.5 + 100 * 0.9**2)
-    assert torch.isfinite(law.log_prob(torch.tensor([47.5, 82.5]))).all()
+def test_a_tilt_may_leave_nothing_of_a_component():
+    """A strong tilt multiplies one weight by less than the smallest float: the law stays usable."""
+    strong = MIXTURE.tilt(100.0)
+    assert strong.weights == (0.0, 1.0) and strong.means[1] == pytest.approx(1.5 + 81)
+    x = strong.sample(1000, torch.Generator().manual_seed(0))
+    assert (x > 70).all() and torch.isfinite(strong.log_prob(x)).all()
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 50)
+    assert torch.isfinite(strong.denoiser(abar)(x, 25)).all()
+
+
+# ---------------------------------------------------------------- mixtures in several dimensions
+
+PLANE = oracles.Mixture(
+    torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+    torch.tensor([[-1.5, 0.0], [1.5, 1.0], [1.0, -1.5]], dtype=torch.float64),
+    torch.tensor([[[0.5, 0.2], [0.2, 0.4]], [[0.3, 0.0], [0.0, 0.6]], [[0.4, -0.1], [-0.1, 0.3]]], dtype=torch.float64),
+)
+
+
+def lattice(low=-8.0, high=8.0, n=321):
+    line = torch.linspace(low, high, n, dtype=torch.float64)
+    x = torch.cartesian_prod(line, line)
+    return x, ((high - low) / (n - 1)) ** 2
+
+
+@pytest.mark.parametrize("slope, curvature", [((0.0, 0.0), 0.0), ((0.7, -1.1), 0.0), ((0.4, 0.3), -0.8)])
+def test_mixture_in_the_plane_and_its_tilts_against_quadrature(slope, curvature):
+    x, cell = lattice()
+    slope = torch.tensor(slope, dtype=torch.float64)
+    direct = PLANE.log_prob(x) + x @ slope + curvature * x.square().sum(1) / 2
+    direct = direct - (direct.exp().sum() * cell).log()
+    law = PLANE.tilt(slope, curvature)
+    torch.testing.assert_close(law.log_prob(x), direct, rtol=0, atol=1e-8)
+    p = direct.exp() * cell
+    mean, cov = law.mean_cov()
+    torch.testing.assert_close(p @ x, mean, rtol=0, atol=1e-8)
+    torch.testing.assert_close((p[:, None] * (x - mean)).T @ (x - mean), cov, rtol=0, atol=1e-8)
+    torch.testing.assert_close(law.share(x).sum(1), torch.ones(len(x), dtype=torch.float64))
+    torch.testing.assert_close(p @ law.share(x), law.weights, rtol=0, atol=1e-8)
+
+
+def test_mixture_in_the_plane_samples_denoises_and_agrees_with_the_line():
+    draws = PLANE.sample(40_000, torch.Generator().manual_seed(0))
+    mean, cov = PLANE.mean_cov()
+    assert ((draws.mean(0) - mean).abs() < 4 * (cov.diagonal() / 40_000).sqrt()).all()
+    assert (draws.T.cov() - cov).abs().max() < 0.05
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"], dtype=torch.float64), 50)
+    x, denoiser = draws[:20].clone().requires_grad_(), PLANE.denoiser(abar)
+    for t in (1, 20, 50):  # the denoiser is the score of the diffused law
+        (score,) = torch.autograd.grad(PLANE.diffused(abar[t]).log_prob(x).sum(), x)
+        torch.testing.assert_close(denoiser(x, t), -(1 - abar[t]).sqrt() * score, rtol=0, atol=1e-9)
+    line = oracles.Mixture(
+        *(torch.tensor(v, dtype=torch.float64) for v in (MIXTURE.weights, [[m] for m in MIXTURE.means])),
+        torch.tensor([[[s**2]] for s in MIXTURE.stds], dtype=torch.float64),
+    )
+    points = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    torch.testing.assert_close(line.log_prob(points[:, None]), MIXTURE.log_prob(points))
+    one, other = line.tilt(torch.tensor([0.8], dtype=torch.float64), -0.3), MIXTURE.tilt(0.8, -0.3)
+    torch.testing.assert_close(one.log_prob(points[:, None]), other.log_prob(points))
+    torch.testing.assert_close(line.denoiser(abar)(points[:, None], 20)[:, 0], MIXTURE.denoiser(abar)(points, 20))
+
+
+def test_bad_mixtures_are_named():
+    with pytest.raises(ValueError, match="must be below the inverse covariance"):
+        PLANE.tilt(torch.zeros(2, dtype=torch.float64), 5.0)
+    with pytest.raises(ValueError, match=r"weights \(K,\), at least 0"):
+        oracles.Mixture(-PLANE.weights, PLANE.means, PLANE.covs)
+    with pytest.raises(ValueError, match=r"covs \(K, d, d\)"):
+        oracles.Mixture(PLANE.weights, PLANE.means, PLANE.covs[0])

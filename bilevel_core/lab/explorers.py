@@ -19,6 +19,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_core import oracles, schedules
+from bilevel_core import estimators, guidance, oracles, samplers, schedules
 
 # role: (colour on light, colour on dark, dash pattern, width). Colours after Okabe and Ito, told apart by the
 # colour-blind; the dashes tell the lines apart without any colour.
@@ -868,5 +869,256 @@ def penalty_explorer() -> Explorer:
         alt=(
             "Explorer of the penalty method: sliders for gamma and lambda change three densities, the objective and "
             "its gradient."
+        ),
+    )
+
+
+# ---- the lambda explorer ------------------------------------------------------------------------------------------
+_LAM_AXIS = (0.2, 20.0, 61)  # the axis of its panels over lambda
+_DOTS = 80  # samples drawn as dots, at equal steps of their weight
+
+_LAM_SAYS = {
+    "few": "Fewer than 100 effective samples: this batch says little here. Take more samples, or draw them at this λ.",
+    "stop": "The gradient is within its error of zero: these samples cannot tell a better λ.",
+    "raise": "Under p* the two rewards disagree (the line falls): raise λ.",
+    "lower": "Under p* the two rewards agree (the line rises): lower λ.",
+}
+
+
+def lam_explorer(seed: int = 0) -> Explorer:
+    """Algorithm 2 on the 1-D mixture: one batch of samples against the exact answer as lambda and gamma move.
+
+    The estimates are those of `estimators` on 200 or 2,000 samples of p_0 (seed); the exact curves are those of
+    `oracles.Mixture1D().problem()`, on the quadrature of `penalty_explorer`.
+    """
+    mixture = oracles.Mixture1D()
+    nodes, log_p0 = mixture.quadrature(*_NODES)
+    problem = oracles.Tilt(-((nodes - 1.2) ** 2) / 2, nodes, log_p0)
+    lams = _LAM_AXIS[0] * (_LAM_AXIS[1] / _LAM_AXIS[0]) ** (torch.arange(_LAM_AXIS[2]).double() / (_LAM_AXIS[2] - 1))
+    batch = (1000 * mixture.sample(2000, torch.Generator().manual_seed(seed))).round() / 1000
+    level = problem.mean(problem.log_p0, problem.r_up)
+
+    def estimate(n: int, lam: float, gamma: float) -> tuple[Tensor, Tensor, float, float, float, float]:
+        """Weights and rewards of the batch, the gradient with its error, the mean reward with its error."""
+        x = batch[:n]
+        r_up = -((x - 1.2) ** 2) / 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grad, info = estimators.lam_grad_penalty(r_up, x, lam, gamma)
+            p, _ = estimators.tilt_weights(x, lam)
+        up = p @ r_up
+        return p, r_up, grad.item(), info["se"].item(), up.item(), (p * (r_up - up)).norm().item()
+
+    @functools.lru_cache(maxsize=8)
+    def curves(n: int, gamma: float) -> tuple[list, list, Tensor, Tensor]:
+        found = [estimate(n, lam, gamma)[2:] for lam in lams.tolist()]
+        log_ratio = problem.logits(lams, gamma).logsumexp(1) - problem.logits(lams).logsumexp(1)
+        return [f[0] for f in found], found, problem.penalty_grad(lams, gamma), gamma * log_ratio - level / lams
+
+    def compute(lam: float, gamma: float, n: str) -> dict[str, Any]:
+        x = batch[: int(n)]
+        p, r_up, grad, se, up, _ = estimate(int(n), lam, gamma)
+        ess = 1 / p.square().sum().item()
+        mean = (p @ x).item()
+        slope = (p @ ((x - mean) * (r_up - up)) / (p @ (x - mean) ** 2)).item()
+        order = x.argsort(stable=True)
+        marks = (torch.arange(_DOTS).double() + 0.5) / _DOTS
+        dots = x[order][torch.searchsorted(p[order].cumsum(0), marks).clamp(max=len(x) - 1)]
+        grads, found, exact, est1 = curves(int(n), gamma)
+        key = "few" if ess < estimators.MIN_ESS else "stop" if abs(grad) <= 1.96 * se else None
+        key = key or ("raise" if grad < 0 else "lower")
+        arch = torch.linspace(-3.5, 5.5, 91, dtype=torch.float64)
+        return {
+            "rewards": [
+                Line("r_{up} over r_{low}", arch, -((arch - 1.2) ** 2) / 2, "reward"),
+                Line("samples, by weight", dots, -((dots - 1.2) ** 2) / 2, "star", "points"),
+                Line("their regression", [-3.5, 5.5], [up + slope * (end - mean) for end in (-3.5, 5.5)], "gamma"),
+            ],
+            "curve": [
+                Line("", [lam], [], "marker", "vline"),
+                Line("exact", lams, -problem.value(lams), "base"),
+                Line("batch + 1.96 se", lams, [f[2] + 1.96 * f[3] for f in found], "zero"),
+                Line("batch − 1.96 se", lams, [f[2] - 1.96 * f[3] for f in found], "zero"),
+                Line("batch", lams, [f[2] for f in found], "star"),
+            ],
+            "grad": [
+                Line("", [], [0.0], "zero", "hline"),
+                Line("", [lam], [], "marker", "vline"),
+                Line("(A), exact", lams, exact, "base"),
+                Line("(A), batch", lams, grads, "star"),
+                Line("est1, exact", lams, est1, "gamma"),
+            ],
+            "readout": [
+                ("(A), batch", grad, ".3f"),
+                ("its standard error", se, ".2g"),
+                ("(A), exact", float(problem.penalty_grad(lam, gamma)), ".3f"),
+                ("E r_{up}, batch", up, ".3f"),
+                ("E r_{up}, exact", float(-problem.value(lam)), ".3f"),
+                ("effective samples", ess, ".3g"),
+            ],
+            "message": _LAM_SAYS[key],
+            "warn": key == "few",
+        }
+
+    return Explorer(
+        "lam",
+        [
+            Slider("lam", "λ", 0.2, 20.0, 3.2, log=20, format=".2g", hint="entropy strength"),
+            Slider("gamma", "γ", 1.0, 1e4, 1000.0, log=10, format=".2g", hint="penalty constant"),
+            Choice("n", "samples of p_{0}", {"200": "200", "2000": "2,000"}, "2000"),
+        ],
+        [
+            Panel("rewards", "Do the rewards agree under p*?", "r_{low} = x", "r_{up}", ylim=(-10, 2), wide=True),
+            Panel("curve", "The upper reward", "λ", "E r_{up}", xlog=True, xlim=_LAM_AXIS[:2], ylim=(-4, -0.5)),
+            Panel("grad", "Its gradient", "λ", "d/dλ", xlog=True, xlim=_LAM_AXIS[:2], ylim=(-3, 3)),
+        ],
+        compute,
+        _read("explorer_lam.js"),
+        {
+            "nodes": _NODES,
+            "axis": _LAM_AXIS,
+            "dots": _DOTS,
+            "batch": batch.tolist(),
+            "logP0": {"weights": mixture.weights, "means": mixture.means, "stds": mixture.stds},
+            "says": _LAM_SAYS,
+            "minEss": estimators.MIN_ESS,
+        },
+        title="Raise λ or lower it?",
+        caption=(
+            "p_{0}, r_{low} and r_{up} as in the text. Dots: samples of p_{0} at equal steps of their weight under "
+            "p_{∗}, so that they look like samples of p_{∗}. Exact curves by quadrature."
+        ),
+        alt=(
+            "Explorer of Algorithm 2: sliders for lambda and gamma change a regression of one reward on the other, "
+            "the reward's curve over lambda and its gradient, from a batch of samples and exactly."
+        ),
+    )
+
+
+# ---- the tilt explorer --------------------------------------------------------------------------------------------
+_BINS = (-4.0, 7.0, 55)  # of the histograms on the line
+_PLANE = oracles.Mixture(
+    torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+    torch.tensor([[-1.6, 0.0], [1.4, 1.3], [1.0, -1.5]], dtype=torch.float64),
+    torch.tensor([[[0.35, 0.1], [0.1, 0.3]], [[0.2, 0.0], [0.0, 0.3]], [[0.3, -0.1], [-0.1, 0.2]]]).double(),
+)
+_TILT_SAYS = {
+    "close": "Guidance is close to the exact tilt, on the line and in the plane.",
+    "biased": "Guidance runs ahead of the exact tilt on the line, or shrinks too much in the plane. Particles do not.",
+}
+
+
+def tilt_explorer(samples: int = 4000, points: int = 250, steps: int = 100) -> Explorer:
+    """The tilted law, exact, by look-ahead guidance and by particles, as lambda moves: on the line and in the plane.
+
+    On the line p_0 is `oracles.Mixture1D` and r_low = x, in the plane a mixture of three modes and r_low = -|x|^2. The
+    two samplers were run at each value of the slider (one seed) and are embedded; so is the exact law. Takes seconds.
+
+    samples  of each law on the line (for its histogram);  points: of each law in the plane;  steps: of the chain
+    """
+    slider = Slider("lam", "λ", 0.4, 10.0, 2.0, log=10, format=".2g", hint="entropy strength")
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"], dtype=torch.float64), steps)
+    ts, line = samplers.timesteps(steps, steps), oracles.Mixture1D()
+    grid = torch.linspace(_BINS[0], _BINS[1], 111, dtype=torch.float64)
+    edges = torch.linspace(_BINS[0], _BINS[1], _BINS[2] + 1, dtype=torch.float64)
+    turn = torch.linspace(0, 2 * math.pi, 37, dtype=torch.float64)
+    circle = 2 * torch.stack([turn.cos(), turn.sin()], 1)
+
+    def run(denoiser: Callable, reward: Callable, lam: float, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Guided samples, and particles with their weights, from the same start."""
+        guide = guidance.LookAhead(denoiser, reward, lam, abar, ts)
+        x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = (torch.Generator().manual_seed(1) for _ in range(2))
+        with torch.no_grad():
+            guided = samplers.sample_ddim(guide, x_T, abar, ts, eta=1.0, generator=next(noise))
+            drawn, log_w, _ = samplers.sample_particles(guide, x_T, abar, ts, generator=next(noise))
+        return guided, drawn, log_w.exp()
+
+    def frame(lam: float) -> dict[str, Any]:
+        tilted = line.tilt(1 / lam)
+        w, m = (torch.tensor(v, dtype=torch.float64) for v in (tilted.weights, tilted.means))
+        exact, spread = float(w @ m), float((w @ (torch.tensor(tilted.stds) ** 2 + m**2) - (w @ m) ** 2).sqrt())
+        guided, drawn, w = run(line.denoiser(abar), lambda x: x, lam, (samples,))
+        width = float(edges[1] - edges[0])
+
+        def bars(x: Tensor, weights: Tensor) -> list[float]:
+            found, _ = torch.histogram(x, edges, weight=weights)
+            return [round(v, 3) for v in (found / (weights.sum() * width)).tolist()]
+
+        mean, cov = (flat := _PLANE.tilt(torch.zeros(2, dtype=torch.float64), -2 / lam)).mean_cov()
+        size = (cov.trace() + mean.square().sum()).sqrt().item()
+        guided_2, drawn_2, w_2 = run(_PLANE.denoiser(abar), lambda x: -x.square().sum(1), lam, (8 * points, 2))
+        rows = ((torch.arange(points) + 0.5) / points).double()
+        rows = torch.searchsorted(w_2.cumsum(0), rows).clamp(max=len(w_2) - 1)
+        rings = [m + circle @ torch.linalg.cholesky(c).T for m, c in zip(flat.means, flat.covs, strict=True)]
+        sizes = [guided_2.square().sum(1).mean().sqrt().item(), (w_2 @ drawn_2.square().sum(1)).sqrt().item()]
+        means = [guided.mean().item(), (w @ drawn).item()]
+        close = abs(means[0] - exact) < 0.1 * spread and abs(sizes[0] / size - 1) < 0.06
+        return {
+            "exact": [round(v, 4) for v in tilted.log_prob(grid).exp().tolist()],
+            "guided": bars(guided, torch.ones_like(guided)),
+            "particles": bars(drawn, w),
+            "rings": [[[round(v, 3) for v in axis] for axis in ring.T.tolist()] for ring in rings],
+            "cloud": [[round(v, 2) for v in axis] for axis in guided_2[:points].T.tolist()],
+            "swarm": [[round(v, 2) for v in axis] for axis in drawn_2[rows].T.tolist()],
+            "readout": [exact, *means, size, *sizes, 100 / (w.square().sum() * len(w)).item()],
+            "key": "close" if close else "biased",
+        }
+
+    values = slider.grid()
+    frames = [frame(lam) for lam in values]
+    names = ("mean, exact", "mean, guided", "mean, particles", "distance, exact", "distance, guided")
+    names = (*names, "distance, particles", "effective particles (%)")
+    base = [round(v, 4) for v in line.log_prob(grid).exp().tolist()]
+    middles = ((edges[1:] + edges[:-1]) / 2).tolist()
+
+    def compute(lam: float) -> dict[str, Any]:
+        now = frames[min(range(len(values)), key=lambda i: abs(math.log(values[i] / lam)))]
+        rings = [
+            Line("exact: 2 sd of each mode" if k == 0 else "", *ring, "star") for k, ring in enumerate(now["rings"])
+        ]
+        return {
+            "line": [
+                Line("guided", middles, now["guided"], "gamma", "area"),
+                Line("p_{0}", grid, base, "base"),
+                Line("exact tilt", grid, now["exact"], "star"),
+                Line("particles", middles, now["particles"], "reward"),
+            ],
+            "cloud": [*rings, Line("guided", *now["cloud"], "gamma", "points")],
+            "swarm": [*rings, Line("particles", *now["swarm"], "reward", "points")],
+            "readout": [(name, value, ".3g") for name, value in zip(names, now["readout"], strict=True)],
+            "message": _TILT_SAYS[now["key"]],
+            "warn": now["key"] == "biased",
+        }
+
+    box = {"xlim": (-4, 4), "ylim": (-4, 4)}
+    return Explorer(
+        "tilt",
+        [slider],
+        [
+            Panel("line", "On the line, r_{low} = x", "x", "density", xlim=_BINS[:2], ylim=(0, 0.62), wide=True),
+            Panel("cloud", "In the plane, r_{low} = −|x|²: guided", "x_{1}", "x_{2}", **box),
+            Panel("swarm", "In the plane: particles", "x_{1}", "x_{2}", **box),
+        ],
+        compute,
+        _read("explorer_tilt.js"),
+        {
+            "lams": values,
+            "frames": frames,
+            "names": names,
+            "base": base,
+            "grid": grid.tolist(),
+            "middles": middles,
+            "says": _TILT_SAYS,
+        },
+        title="The tilted law, three ways",
+        caption=(
+            f"A chain of {steps} steps, η = 1, exact denoiser. On the line {samples:,} samples or particles, in the "
+            f"plane {points:,} shown of {8 * points:,}; one seed. Mean: on the line. Distance: rms from the middle, in "
+            "the plane."
+        ),
+        alt=(
+            "Explorer of tilted laws: a slider for lambda changes a density on the line and two clouds in the plane, "
+            "exact, guided and by particles."
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..guidance import CostMeter
 from ..samplers import draw_x_T, sample_ddim, timesteps
-from . import captions, metrics, networks, text_models
+from . import captions, metrics, networks, runs, text_models
 from .experiments import piece
 from .fast import fast
 
@@ -55,25 +55,72 @@ class Chain:
         n: int,
         seed: int,
         *,
+        first: int = 0,
         batch: int = 500,
         device: torch.device | str = "cpu",
         progress: Callable | None = None,
     ) -> tuple[Tensor, int]:
-        """n images (n, 1, 28, 28), not clipped, of one prompt or of several in turn, and their cost in forwards.
+        """Images number first, ..., first + n - 1 (n, 1, 28, 28), not clipped, of one prompt or of several in turn.
 
-        The same seed gives the same images for every prompt's x_T and noise, in batches of `batch`.
+        Returns them with their cost in forwards. Noise depends on seed, `first` and `batch` alone, so that prompts
+        share it; a whole number of batches may be drawn in several calls.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = captions.encode(prompts).repeat(-(-n // len(prompts)), 1)[:n]
+        ids = captions.encode(prompts)[torch.arange(first, first + n) % len(prompts)]
         starts, images, cost = range(0, n, batch), [], 0
         for start in progress(starts) if progress else starts:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first + start)
             part = ids[start : start + batch]
             meter = CostMeter(self.denoise(part))
             x = draw_x_T((len(part), 1, 28, 28), self.abar, generator=generator, device=device)
             images.append(sample_ddim(meter, x, self.abar, self.ts, eta=self.eta, generator=generator))
             cost += meter.cost
         return torch.cat(images), cost
+
+
+def bank(
+    chain: Chain,
+    prompt: str,
+    rewards: Mapping[str, Callable[[Tensor], Tensor]],
+    n: int,
+    seed: int,
+    *,
+    folder: Path,
+    about: Mapping[str, object],
+    batch: int = 500,
+    device: torch.device | str = "cpu",
+    bar: str | None = None,
+) -> dict[str, Tensor]:
+    """n samples of p_0 for a prompt with their rewards, drawn once and kept in `folder`, a batch a file.
+
+    rewards  name -> callable of images (B, 1, 28, 28) in [-1, 1], which is what the chain's output is clipped to
+    about    what decides the numbers besides chain, prompt, seed and batch: hashes of weights, settings of rewards
+    Returns every reward (n,) float32, "images" (n, 1, 28, 28) uint8, and "cost" (), in image forwards. Larger n goes on
+    from a smaller one. Raises ValueError where a file was made otherwise, naming what differs.
+    """
+    from tqdm.auto import tqdm
+
+    config = {"prompt": prompt, "seed": seed, "batch": batch, "rewards": sorted(rewards)} | dict(about)
+    config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
+    parts = []
+    for first in tqdm(range(0, n, batch), desc=bar, disable=bar is None):
+        path = folder / f"{prompt.replace(' ', '_')}_{seed}_{first}.safetensors"
+        if path.exists():
+            tensors, found = runs.load_state(path)
+            changed = [key for key in config if found.get(key) != config[key]]
+            if changed:
+                raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+        else:
+            images, cost = chain.sample(prompt, batch, seed, first=first, batch=batch, device=device)
+            images = images.clamp(-1, 1)
+            with torch.no_grad():
+                tensors = {name: reward(images).float().cpu() for name, reward in rewards.items()}
+            tensors["images"] = ((images + 1) * 127.5).round().to(torch.uint8).cpu()
+            tensors["cost"] = torch.tensor([cost])
+            runs.save_state(path, tensors, config)
+        parts.append(tensors)
+    joined = {name: torch.cat([part[name] for part in parts])[:n] for name in (*rewards, "images")}
+    return joined | {"cost": sum(part["cost"][0] for part in parts)}
 
 
 FULL_CAPTIONS = [text for text, place in captions.CAPTIONS.items() if captions.ABSENT not in place]
