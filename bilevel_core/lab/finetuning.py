@@ -28,7 +28,7 @@ class Chain:
     denoiser: Callable[..., Tensor]
     abar: Tensor
     scale: float = 1.5
-    steps: int = 20
+    steps: int = 10
     eta: float = 1.0
 
     @classmethod
