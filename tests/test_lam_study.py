@@ -1,0 +1,111 @@
+"""Every method at one budget, where the answer is known: r_low is Gaussian and r_up a parabola of it."""
+
+import math
+
+import pytest
+import torch
+
+from bilevel_core.lab import baselines, captions, finetuning, lam_study, networks, text_models
+
+A, B = 1.2, 0.5  # r_up = A r_low - B r_low^2 + noise: under the tilt r_low ~ N(1/lam, 1), so lam* = 2 B/A
+OPTIMUM = 2 * B / A
+
+
+def value(lam):
+    return A / lam - B * (1 / lam**2 + 1)
+
+
+def bank(n=20_000, sharp=None):
+    r_low, noise = torch.randn(2, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return lam_study.Bank(A * r_low - B * r_low**2 + 0.3 * noise, r_low, 20, sharp or {})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    whole = bank()
+    return [
+        row | {"seed": seed, "prompt": "a two"}
+        for seed in range(5)
+        for row in lam_study.compare(whole, 5, seed, trials=8, target=1 / (2 * OPTIMUM**2))
+    ]
+
+
+def test_what_a_lambda_is_worth():
+    whole = bank()
+    for lam in (0.7, OPTIMUM, 3.0):
+        found = whole.worth(lam)
+        assert found["how"] == "reweighted" and abs(found["up"] - value(lam)) < 4 * found["up_se"] + 1e-3
+        assert found["kl"] == pytest.approx(1 / (2 * lam**2), rel=0.15)
+        assert found["low"] == pytest.approx(1 / lam, rel=0.1)
+    plain = whole.worth(math.inf)
+    assert plain["up"] == pytest.approx(whole.r_up.mean().item()) and plain["low"] == pytest.approx(
+        whole.r_low.mean().item()
+    )
+    assert (plain["kl"], plain["ess"], plain["how"]) == (0.0, 20_000.0, "p_0")
+    assert 0.4 < whole.reach() < 0.6  # ESS/n = exp(-1/lam^2), 500 of 20,000 at 0.52
+
+
+def test_particles_stand_in_where_reweighting_ends():
+    sharp = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 10
+    whole = bank(sharp={0.1: (A * sharp - B * sharp**2, sharp, torch.zeros(400)), 5.0: (sharp, sharp, sharp)})
+    found = whole.worth(0.1)
+    assert found["how"] == "particles" and found["up"] == pytest.approx(value(0.1), rel=0.05)
+    assert whole.worth(0.11)["how"] == "reweighted" and whole.worth(0.11)["ess"] < lam_study.MIN_ESS
+    assert whole.worth(5.0)["how"] == "reweighted"  # it has samples enough, and they are better
+
+
+def test_draws_are_independent_priced_and_repeatable():
+    whole = bank()
+    a, b, c = whole.draws(1.0, 500, 1), whole.draws(1.0, 500, 1), whole.draws(1.0, 500, 2)
+    assert a == b and a.mean != c.mean and a.cost == 500 * 20 * 2
+    assert whole.draws(math.inf, 500, 1).cost == 500 * 20
+    means = torch.tensor([whole.draws(1.0, 500, seed).mean for seed in range(200)])
+    assert abs(means.mean() - whole.worth(1.0)["up"]) < 4 * means.std() / 200**0.5
+    assert means.std() == pytest.approx(a.se, rel=0.25)
+
+
+def test_folds_share_nothing():
+    whole = bank(1000)
+    fold, rest = whole.folds(5, 2)
+    assert len(fold.r_up) == 200 and len(rest.r_up) == 800
+    assert not set(fold.r_up.tolist()) & set(rest.r_up.tolist())
+    assert fold.samples().cost == 200 * 20
+
+
+def test_all_methods_have_one_budget_and_the_optimum_is_found(rows):
+    budget = 4000 * 20
+    by_method = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+        assert row["cost"] <= budget and row["path"][-1][0] == row["cost"]
+        if row["method"] != "weighted sum":
+            assert row["regret"] >= -1e-3
+    assert len(by_method) == 9 and all(len(found) == 5 for found in by_method.values())
+    assert {row["cost"] for name in ("Algorithm 2", "reweighted curve", "grid") for row in by_method[name]} == {budget}
+    for name in ("Algorithm 2", "reweighted curve", "adaptive KL"):
+        assert all(row["lam"] == pytest.approx(OPTIMUM, rel=0.25) for row in by_method[name])
+        assert sum(row["regret"] for row in by_method[name]) / 5 < 0.02
+    assert all(row["lam"] is None for row in by_method["none"])  # infinity, which JSON has not
+    assert sum(row["regret"] for row in by_method["none"]) / 5 > 0.5
+
+
+def test_the_table_is_a_summary(rows):
+    table = {s.method: s for s in baselines.summarise(rows, tie=1e-3)}
+    assert table["Algorithm 2"].verdict == "reference" and table["none"].verdict == "worse"
+    assert table["reweighted curve"].tied == 5
+
+
+def test_a_prompt_is_drawn_with_all_its_rewards(tmp_path):
+    net = networks.TextDenoiser("tiny_text", seed=3).eval().requires_grad_(False)
+    chain = finetuning.Chain(net, text_models.abar(text_models.RECIPES["denoiser"]), steps=2)
+    found = lam_study.draw(chain, "a two", 500, 0, folder=tmp_path)
+    assert {"clip", "ink", "boldness", "resnet"} < set(found) and int(found["cost"]) == 500 * 2 * 2
+    assert all(found[name].shape == (500,) for name in ("clip", *lam_study.LOW))
+    with pytest.raises(ValueError, match="unknown word"):
+        lam_study.draw(chain, "a cat", 500, 0, folder=tmp_path)
+
+
+def test_prompts_are_captions_and_validation_is_kept_apart():
+    assert not set(lam_study.TEST) & set(lam_study.VALIDATION)
+    for prompt in (*lam_study.TEST, *lam_study.VALIDATION):
+        assert prompt in captions.CAPTIONS
