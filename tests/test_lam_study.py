@@ -95,14 +95,46 @@ def test_the_table_is_a_summary(rows):
     assert table["reweighted curve"].tied == 5
 
 
-def test_a_prompt_is_drawn_with_all_its_rewards(tmp_path):
+@pytest.fixture(scope="module")
+def chain():
     net = networks.TextDenoiser("tiny_text", seed=3).eval().requires_grad_(False)
-    chain = finetuning.Chain(net, text_models.abar(text_models.RECIPES["denoiser"]), steps=2)
+    return finetuning.Chain(net, text_models.abar(text_models.RECIPES["denoiser"]), steps=2)
+
+
+def test_a_prompt_is_drawn_with_all_its_rewards(chain, tmp_path):
     found = lam_study.draw(chain, "a two", 500, 0, folder=tmp_path)
     assert {"clip", "ink", "boldness", "resnet"} < set(found) and int(found["cost"]) == 500 * 2 * 2
-    assert all(found[name].shape == (500,) for name in ("clip", *lam_study.LOW))
+    whole = lam_study.Bank.of(found, "boldness")
+    assert whole.each == 4 and torch.equal(whole.r_up, found["clip"].double())
+    assert whole.r_low.mean().abs() < 1e-9 and whole.r_low.std() == pytest.approx(1)
     with pytest.raises(ValueError, match="unknown word"):
         lam_study.draw(chain, "a cat", 500, 0, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"for every sample, so it has no scale"):
+        lam_study.Bank.of(found | {"boldness": torch.ones(500)}, "boldness")
+
+
+@pytest.mark.parametrize("low", lam_study.LOW)
+def test_particles_are_drawn_once_and_count_their_cost(chain, tmp_path, low):
+    options = {"mean": 2.0, "sd": 0.5, "folder": tmp_path}
+    found = lam_study.particles(chain, "a two", low, 0.5, 6, 1, **options)
+    # two steps of two passes each; the last is not guided, so has no backward
+    assert int(found["cost"]) == 6 * 2 * (2 + 1) and found["images"].shape == (6, 1, 28, 28)
+    assert found["log_w"].exp().sum() == pytest.approx(1)
+    images = found["images"].float() / 127.5 - 1
+    again = lam_study.lower_rewards()[low](images)
+    torch.testing.assert_close(again, found[low], atol=0.05, rtol=0.02)  # images are kept in 256 greys
+    (path,) = tmp_path.iterdir()
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(lam_study.particles(chain, "a two", low, 0.5, 6, 1, **options)[low], found[low])
+    assert path.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="was made with other sd; delete it or use another work_dir"):
+        lam_study.particles(chain, "a two", low, 0.5, 6, 1, **(options | {"sd": 0.6}))
+    drawn = {"clip": torch.randn(50), low: torch.randn(50), "cost": torch.tensor(200)}
+    whole = lam_study.Bank.of(drawn, low, {0.5: found})
+    r_up, r_low, _ = whole.sharp[0.5]
+    mean, sd = drawn[low].double().mean(), drawn[low].double().std()
+    torch.testing.assert_close(r_low, (found[low].double() - mean) / sd)
+    assert torch.equal(r_up, found["clip"].double()) and whole.law(0.5)["how"] == "particles"
 
 
 def test_prompts_are_captions_and_validation_is_kept_apart():

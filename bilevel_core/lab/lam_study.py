@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ..algorithms import TiltSamples
-from . import baselines, clip, networks, rewards
+from ..guidance import CostMeter, LookAhead
+from ..samplers import draw_x_T, sample_particles
+from . import baselines, clip, networks, rewards, runs
 from .finetuning import Chain, bank
 
 VALIDATION = ("a three", "a bold six", "a thin nine leaning right", "a zero leaning left")
@@ -36,15 +38,62 @@ def draw(
     chain: Chain, prompt: str, n: int, seed: int, *, folder: Path, device: torch.device | str = "cpu", bar: bool = False
 ) -> dict[str, Tensor]:
     """`finetuning.bank` with the rewards of this experiment, as they come: "clip", "ink", "boldness", "resnet"."""
-    found = {
-        "clip": clip.score(clip.load().to(device), prompt),
-        "ink": rewards.ink,
-        "boldness": rewards.boldness,
-        "resnet": rewards.RandomResNet().to(device),
-    }
-    about = {name: networks.card(name)["sha256"] for name in ("text_denoiser", "clip")}
-    about["resnet"] = "seed 0, 64 pixels"
-    return bank(chain, prompt, found, n, seed, folder=folder, about=about, device=device, bar=prompt if bar else None)
+    found = {"clip": clip.score(clip.load().to(device), prompt)} | lower_rewards(device)
+    options = {"folder": folder, "about": _about(), "device": device, "bar": prompt if bar else None}
+    return bank(chain, prompt, found, n, seed, **options)
+
+
+def lower_rewards(device: torch.device | str = "cpu") -> dict[str, rewards.Reward]:
+    """The rewards that may steer, by name: ink and those of LOW."""
+    return {"ink": rewards.ink, "boldness": rewards.boldness, "resnet": rewards.RandomResNet().to(device)}
+
+
+def particles(
+    chain: Chain,
+    prompt: str,
+    low: str,
+    lam: float,
+    n: int,
+    seed: int,
+    *,
+    mean: float,
+    sd: float,
+    folder: Path,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """n guided particles of p_0 tilted by (r_low - mean)/(lam sd), drawn once and kept in `folder`.
+
+    low  a name of LOW;  mean, sd: of that reward under p_0, which standardise it
+    Returns "clip" and r_low under the name `low` (n,), as they come; "log_w" (n,); "images" (n, 1, 28, 28) uint8; and
+    "cost" (), in image forwards. Raises ValueError where the file was made otherwise, naming what differs.
+    """
+    config = {"prompt": prompt, "low": low, "lam": lam, "n": n, "seed": seed, "mean": mean, "sd": sd} | _about()
+    config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
+    path = folder / f"{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.safetensors"
+    if not path.exists():
+        reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
+        generator = torch.Generator(device).manual_seed(seed)
+        meter = CostMeter(chain.denoise(prompt))
+        guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts)
+        x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
+        with torch.no_grad():
+            x, log_w, _ = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
+            x = x.clamp(-1, 1)
+            found = {"clip": up(x), low: reward(x), "log_w": log_w}
+        found["images"] = ((x + 1) * 127.5).round().to(torch.uint8)
+        tensors = {name: value.cpu().contiguous() for name, value in found.items()}
+        runs.save_state(path, tensors | {"cost": torch.tensor([meter.cost])}, config)
+    tensors, found = runs.load_state(path)
+    changed = [key for key in config if found.get(key) != config[key]]
+    if changed:
+        raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+    return tensors | {"cost": tensors["cost"][0]}
+
+
+def _about() -> dict[str, object]:
+    """What decides a reward besides the image: the weights of both models, and the random network's settings."""
+    hashes = {name: networks.card(name)["sha256"] for name in ("text_denoiser", "clip")}
+    return hashes | {"resnet": "seed 0, 64 pixels"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +108,17 @@ class Bank:
     r_low: Tensor
     each: int
     sharp: Mapping[float, tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, drawn: Mapping[str, Tensor], low: str, sharp: Mapping[float, Mapping[str, Tensor]] | None = None):
+        """From what `draw` and `particles` returned, the lower reward standardised under p_0."""
+        mean, sd = rewards.scale(drawn[low])
+        n = len(drawn["clip"])
+        tilted = {
+            lam: (found["clip"].double(), (found[low].double() - mean) / sd, found["log_w"].double())
+            for lam, found in sorted((sharp or {}).items())
+        }
+        return cls(drawn["clip"].double(), (drawn[low].double() - mean) / sd, int(drawn["cost"]) // n, tilted)
 
     def folds(self, seeds: int, seed: int) -> tuple[Bank, Bank]:
         """The fold of a seed, and the rest."""

@@ -76,13 +76,18 @@ def standardised(reward: Reward, samples: Tensor, *, batch: int = 500) -> Standa
     """
     if len(samples) < 100:
         raise ValueError(f"n = {len(samples)} samples are too few for a standard deviation: take at least 100")
-    values = torch.cat([reward(part).double() for part in samples.split(batch)])
+    return Standardised(reward, *scale(torch.cat([reward(part) for part in samples.split(batch)])))
+
+
+def scale(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of a reward's values (n,); raises ValueError where it is constant or not finite."""
+    values = values.double()
     if not values.isfinite().all():
         raise ValueError(f"the reward is not finite for {(~values.isfinite()).sum()} of {len(values)} samples")
     mean, sd = values.mean().item(), values.std().item()
     if sd <= 1e-6 * max(abs(mean), 1e-6):
         raise ValueError(f"the reward is {mean:g} for every sample, so it has no scale; check it")
-    return Standardised(reward, mean, sd)
+    return mean, sd
 
 
 def _checked(images: Tensor) -> Tensor:
