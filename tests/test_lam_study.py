@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bilevel_core.lab import baselines, captions, finetuning, lam_study, networks, text_models
+from bilevel_core.lab import baselines, captions, clip, finetuning, lam_study, networks, text_models
 
 A, B = 1.2, 0.5  # r_up = A r_low - B r_low^2 + noise: under the tilt r_low ~ N(1/lam, 1), so lam* = 2 B/A
 OPTIMUM = 2 * B / A
@@ -102,7 +102,12 @@ def chain():
 
 
 def test_a_prompt_is_drawn_with_all_its_rewards(chain, tmp_path):
-    found = lam_study.draw(chain, "a two", 500, 0, folder=tmp_path)
+    found = lam_study.draw(chain, "a bold two", 500, 0, folder=tmp_path)
+    images = found["images"].float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(clip.score(clip.load(), "a bold two")(images), found["clip"], atol=0.3, rtol=0)
+    plain = chain.sample("a two", 500, 0)[0].clamp(-1, 1)
+    torch.testing.assert_close(images, plain, atol=0.005, rtol=0)
     assert {"clip", "ink", "boldness", "resnet"} < set(found) and int(found["cost"]) == 500 * 2 * 2
     whole = lam_study.Bank.of(found, "boldness")
     assert whole.each == 4 and torch.equal(whole.r_up, found["clip"].double())
@@ -135,6 +140,13 @@ def test_particles_are_drawn_once_and_count_their_cost(chain, tmp_path, low):
     mean, sd = drawn[low].double().mean(), drawn[low].double().std()
     torch.testing.assert_close(r_low, (found[low].double() - mean) / sd)
     assert torch.equal(r_up, found["clip"].double()) and whole.law(0.5)["how"] == "particles"
+
+
+def test_p_0_hears_all_but_the_thickness():
+    assert lam_study.heard("a bold two") == "a two" == lam_study.heard("a two")
+    assert lam_study.heard("a thin two leaning left") == "a two leaning left"
+    with pytest.raises(ValueError, match="unknown word"):
+        lam_study.heard("a bald two")
 
 
 def test_prompts_are_captions_and_validation_is_kept_apart():

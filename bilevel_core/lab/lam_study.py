@@ -1,9 +1,11 @@
 """Chapter 5's experiment: rewards of p_0's samples for each prompt, and every method's lambda at one budget.
 
-The protocol. Upper reward: the CLIP score of image and prompt. Lower reward: `LOW`, in standard deviations under p_0.
-What was open was settled on 2,000 samples of each VALIDATION prompt. Of ink and boldness it is boldness: ink hardly
-moves the CLIP score (correlations 0.00 to 0.13), boldness raises it for a bold digit (0.33) and lowers it for a thin
-one (-0.09). TEST prompts are drawn once.
+The protocol. Of a prompt such as "a bold two" p_0 hears all but the thickness ("a two"), as a model does that misses
+an adjective. Upper reward: the CLIP score of image and whole prompt. Lower reward: `LOW`, in standard deviations under
+p_0. What was open was settled on 2,000 samples of each VALIDATION prompt: boldness is taken rather than ink, because it
+follows the CLIP score of "a bold three" more closely (correlation 0.90 against 0.79). An earlier design, in which p_0
+heard the whole prompt, was dropped: no lambda moved the CLIP score by more than a fraction of its standard deviation,
+for it is as high as it gets. TEST prompts are drawn once.
 
 A prompt has n samples of p_0, in as many folds as there are seeds. The methods that reweight get a fold. A method that
 draws at a lambda gets draws from the exact law, at the price of Algorithm 5: rows of the other folds, resampled. That
@@ -24,23 +26,30 @@ from torch import Tensor
 from ..algorithms import TiltSamples
 from ..guidance import CostMeter, LookAhead
 from ..samplers import draw_x_T, sample_particles
-from . import baselines, clip, networks, rewards, runs
+from . import baselines, captions, clip, networks, rewards, runs
 from .finetuning import Chain, bank
 
-VALIDATION = ("a three", "a bold six", "a thin nine leaning right", "a zero leaning left")
-TEST = ("a seven", "a bold two", "a medium five", "a bold four leaning right")
+VALIDATION = ("a bold three", "a medium three", "a thin zero leaning left", "a bold six")
+TEST = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nine")
 LOW = ("boldness", "resnet")
 MIN_ESS = 500.0  # below it a reweighted mean is not called the truth
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)  # of the upper reward, in its standard deviations, in the weighted sum
 
 
+def heard(prompt: str) -> str:
+    """What p_0 is told of a prompt: all but the thickness."""
+    captions.encode([prompt])
+    digit, _, slant = captions.CAPTIONS[prompt]
+    return captions.caption(digit, captions.ABSENT, slant)
+
+
 def draw(
     chain: Chain, prompt: str, n: int, seed: int, *, folder: Path, device: torch.device | str = "cpu", bar: bool = False
 ) -> dict[str, Tensor]:
-    """`finetuning.bank` with the rewards of this experiment, as they come: "clip", "ink", "boldness", "resnet"."""
+    """`finetuning.bank` of what p_0 hears, with all rewards as they come: "clip", "ink", "boldness", "resnet"."""
     found = {"clip": clip.score(clip.load().to(device), prompt)} | lower_rewards(device)
-    options = {"folder": folder, "about": _about(), "device": device, "bar": prompt if bar else None}
-    return bank(chain, prompt, found, n, seed, **options)
+    options = {"folder": folder / prompt.replace(" ", "_"), "about": _about(), "device": device}
+    return bank(chain, heard(prompt), found, n, seed, **options, bar=prompt if bar else None)
 
 
 def lower_rewards(device: torch.device | str = "cpu") -> dict[str, rewards.Reward]:
@@ -73,7 +82,7 @@ def particles(
     if not path.exists():
         reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
         generator = torch.Generator(device).manual_seed(seed)
-        meter = CostMeter(chain.denoise(prompt))
+        meter = CostMeter(chain.denoise(heard(prompt)))
         guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts)
         x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
         with torch.no_grad():
