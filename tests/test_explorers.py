@@ -38,6 +38,20 @@ def tilt() -> Explorer:
     return explorers.tilt_explorer(samples=1500, points=60, steps=60)
 
 
+def frames(prompt: int, lams=(0.1, 1.0, 10.0, math.inf)) -> list[explorers.Tilted]:
+    images = [(torch.arange(2 * 64).reshape(2, 8, 8) * (0.1 + i + prompt)).sin() for i in range(len(lams))]
+    return [
+        explorers.Tilted(lam, image, 60 + i - prompt * i**2, 0.1 * i, 2 - i, 0.5 / lam, "reweighted")
+        for i, (lam, image) in enumerate(zip(lams, images, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def samples() -> Explorer:
+    prompts = {"a bold two": frames(0), "a five": frames(1)}
+    return explorers.samples_explorer(prompts, up="CLIP", low="boldness", note="made up")
+
+
 def small(**changes) -> Explorer:
     """A little explorer of its own: y = a x with a picture."""
 
@@ -271,6 +285,24 @@ def test_tilt_explorer_tells_where_guidance_is_biased(tilt):
     assert readout(biased)["distance, guided"] < 0.9 * readout(biased)["distance, exact"]
 
 
+def test_samples_explorer_shows_what_it_was_given(samples):
+    for at, lam in enumerate(("0.1", "1", "10", "∞ (pre-trained)")):
+        result = samples.evaluate(at=at, prompt="a five")
+        given, found = frames(1)[at], {row[0]: row[1] for row in result["readout"]}
+        assert found["λ"] == lam and found["E CLIP"] == given.up and found["E boldness"] == given.low
+        assert found["best of these"] == "0.1"  # 60, 60, 58, 54
+        for image, shown in zip(given.images, result["samples"], strict=True):
+            pixels = torch.tensor(shown["pixels"], dtype=torch.float64)
+            assert torch.allclose(pixels, image.double(), atol=1 / 63 + 1e-9)
+        lines = {line["label"]: line for line in result["curve"]}
+        assert lines["E CLIP"]["x"] == [0.1, 1.0, 10.0] and lines["pre-trained"]["y"] == [54.0]
+    assert samples.evaluate(at=0, prompt="a bold two")["readout"][-1][1] == "∞ (pre-trained)"
+    with pytest.raises(ValueError, match="must increase and be the same for every prompt"):
+        explorers.samples_explorer(
+            {"a": frames(0), "b": frames(0, (0.1, 1.0))}, up="CLIP", low="boldness", note="made up"
+        )
+
+
 # ---- in a live kernel ---------------------------------------------------------------------------------------------
 def widgets_of(box) -> tuple[dict, object, object, object]:
     """The controls by description, the button, the readout and the picture."""
@@ -389,7 +421,11 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
         elif key == "readout":
             assert [(row[0], row[2:]) for row in ours[key]] == [(row[0], row[2:]) for row in value], where
             for mine, row in zip(ours[key], value, strict=True):
-                close([mine[1]], [row[1]])
+                assert isinstance(mine[1], str) == isinstance(row[1], str), where
+                if isinstance(row[1], str):
+                    assert mine[1] == row[1], where
+                else:
+                    close([mine[1]], [row[1]])
         else:
             assert len(ours[key]) == len(value), where
             for mine, series in zip(ours[key], value, strict=True):
@@ -402,7 +438,7 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt"])
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt", "samples"])
 def test_javascript_agrees_with_python(which, page, request):
     explorer = request.getfixturevalue(which)
     page.set_content(document(explorer))
@@ -415,6 +451,8 @@ def test_javascript_agrees_with_python(which, page, request):
         ]
     elif which == "tilt":
         settings += [{"lam": v} for v in (0.45, 0.9, 1.6, 6.3)]
+    elif which == "samples":
+        settings += [{"at": at, "prompt": prompt} for at in range(4) for prompt in ("a bold two", "a five")]
     else:
         settings += [
             {"kind": k, "form": f, "start": 0.13, "end": 0.83, "tau": 1.35, "epsilon": 0.1}
