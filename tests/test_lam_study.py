@@ -1,10 +1,12 @@
 """Every method at one budget, where the answer is known: r_low is Gaussian and r_up a parabola of it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bilevel_core import algorithms
 from bilevel_core.lab import baselines, captions, clip, finetuning, lam_study, networks, text_models
 
 A, B = 1.2, 0.5  # r_up = A r_low - B r_low^2 + noise: under the tilt r_low ~ N(1/lam, 1), so lam* = 2 B/A
@@ -45,13 +47,41 @@ def test_what_a_lambda_is_worth():
     assert 0.4 < whole.reach() < 0.6  # ESS/n = exp(-1/lam^2), 500 of 20,000 at 0.52
 
 
+def particles(lam, n=2000, seed=1, cost=0):
+    """Exact samples of the tilt, weighted back to p_0, for which log E exp(r_low/lam) = 1/(2 lam^2)."""
+    r_low, noise = torch.randn(2, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    r_low = r_low + 1 / lam
+    log_w = torch.full((n,), -math.log(n), dtype=torch.float64)
+    r_up = A * r_low - B * r_low**2 + 0.3 * noise
+    return algorithms.TiltSamples.from_tilt(r_up, r_low, lam, log_w, 1 / (2 * lam**2), cost)
+
+
 def test_particles_stand_in_where_reweighting_ends():
-    sharp = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 10
-    whole = bank(sharp={0.1: (A * sharp - B * sharp**2, sharp, torch.zeros(400)), 5.0: (sharp, sharp, sharp)})
-    found = whole.worth(0.1)
-    assert found["how"] == "particles" and found["up"] == pytest.approx(value(0.1), rel=0.05)
-    assert whole.worth(0.11)["how"] == "reweighted" and whole.worth(0.11)["ess"] < lam_study.MIN_ESS
-    assert whole.worth(5.0)["how"] == "reweighted"  # it has samples enough, and they are better
+    whole = bank(sharp={lam: particles(lam) for lam in (0.1, 0.3, 5.0)})
+    for lam, at in ((0.1, 0.1), (0.102, 0.1), (0.3, 0.3), (0.35, 0.3)):
+        found = whole.worth(lam)
+        assert found["how"] == f"particles at {at:g}" and found["ess"] > 300
+        assert abs(found["up"] - value(lam)) < 4 * found["up_se"] + 0.02 * abs(value(lam))
+        assert found["kl"] == pytest.approx(1 / (2 * lam**2), rel=0.02)
+    assert whole.worth(5.0)["how"] == "reweighted"  # it has samples enough, and they are plain
+    assert lam_study.candidates(whole)[0] == pytest.approx(0.1)
+
+
+def test_algorithm_2_draws_particles_within_its_budget():
+    strong = bank()
+    r_up = strong.r_up + 4.8 * strong.r_low  # 6 r_low - r_low^2/2: lam* = 1/6, far below what samples of p_0 reach
+    whole = replace(strong, r_up=r_up)
+
+    def draw(lam, round):
+        found = particles(lam, 200, round, 200 * 20 * 2)
+        return replace(found, r_up=found.r_up + 4.8 * found.r_low)
+
+    sharp = {lam: replace(s, r_up=s.r_up + 4.8 * s.r_low) for lam in (0.1, 0.15, 0.2, 0.3) for s in [particles(lam)]}
+    rows = lam_study.compare(replace(whole, sharp=sharp), 5, 0, trials=8, target=18.0, draw=draw)
+    ours, curve = rows[0], rows[1]
+    assert ours["lam"] == pytest.approx(1 / 6, rel=0.15) and ours["regret"] < 0.3
+    assert 2000 * 20 < ours["cost"] <= 4000 * 20
+    assert curve["lam"] > 0.3 and curve["regret"] > 5 * ours["regret"]  # the batch alone cannot see so far
 
 
 def test_draws_are_independent_priced_and_repeatable():
@@ -132,14 +162,16 @@ def test_particles_are_drawn_once_and_count_their_cost(chain, tmp_path, low):
     stamp = path.stat().st_mtime_ns
     assert torch.equal(lam_study.particles(chain, "a two", low, 0.5, 6, 1, **options)[low], found[low])
     assert path.stat().st_mtime_ns == stamp
+    assert found["log_z"].shape == ()
     with pytest.raises(ValueError, match="was made with other sd; delete it or use another work_dir"):
         lam_study.particles(chain, "a two", low, 0.5, 6, 1, **(options | {"sd": 0.6}))
     drawn = {"clip": torch.randn(50), low: torch.randn(50), "cost": torch.tensor(200)}
     whole = lam_study.Bank.of(drawn, low, {0.5: found})
-    r_up, r_low, _ = whole.sharp[0.5]
-    mean, sd = drawn[low].double().mean(), drawn[low].double().std()
-    torch.testing.assert_close(r_low, (found[low].double() - mean) / sd)
-    assert torch.equal(r_up, found["clip"].double()) and whole.law(0.5)["how"] == "particles"
+    samples, mean, sd = whole.sharp[0.5], drawn[low].double().mean(), drawn[low].double().std()
+    torch.testing.assert_close(samples.r_low, (found[low].double() - mean) / sd)
+    assert torch.equal(samples.r_up, found["clip"].double())
+    torch.testing.assert_close(samples.tilt(0.5)[0], found["log_w"].softmax(0))
+    assert samples.tilt(0.5)[1]["log_z"] == pytest.approx(float(found["log_z"]))
 
 
 def test_p_0_hears_all_but_the_thickness():

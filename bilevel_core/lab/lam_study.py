@@ -16,7 +16,7 @@ method is marked on samples it chose by.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,8 +73,8 @@ def particles(
     """n guided particles of p_0 tilted by (r_low - mean)/(lam sd), drawn once and kept in `folder`.
 
     low  a name of LOW;  mean, sd: of that reward under p_0, which standardise it
-    Returns "clip" and r_low under the name `low` (n,), as they come; "log_w" (n,); "images" (n, 1, 28, 28) uint8; and
-    "cost" (), in image forwards. Raises ValueError where the file was made otherwise, naming what differs.
+    Returns "clip" and r_low under the name `low` (n,), as they come; "log_w" (n,); "log_z" (); "images" (n, 1, 28, 28)
+    uint8; and "cost" (), in image forwards. Raises ValueError where the file was made otherwise, naming what differs.
     """
     config = {"prompt": prompt, "low": low, "lam": lam, "n": n, "seed": seed, "mean": mean, "sd": sd} | _about()
     config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
@@ -86,9 +86,9 @@ def particles(
         guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts)
         x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
         with torch.no_grad():
-            x, log_w, _ = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
+            x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
             x = x.clamp(-1, 1)
-            found = {"clip": up(x), low: reward(x), "log_w": log_w}
+            found = {"clip": up(x), low: reward(x), "log_w": log_w, "log_z": torch.tensor(info["log_z"]).double()}
         found["images"] = ((x + 1) * 127.5).round().to(torch.uint8)
         tensors = {name: value.cpu().contiguous() for name, value in found.items()}
         runs.save_state(path, tensors | {"cost": torch.tensor([meter.cost])}, config)
@@ -110,24 +110,27 @@ class Bank:
     """Rewards of n samples of p_0 for a prompt.
 
     r_up (n,) in CLIP points; r_low (n,) in its standard deviations; each: cost of one sample in image forwards
-    sharp  lam -> (r_up, r_low, log_w), particles at the few lam that no reweighting reaches, sorted
+    sharp  particles at some small lam, where samples of p_0 do not reach: lam -> samples weighted back to p_0
     """
 
     r_up: Tensor
     r_low: Tensor
     each: int
-    sharp: Mapping[float, tuple[Tensor, Tensor, Tensor]]
+    sharp: Mapping[float, TiltSamples]
 
     @classmethod
     def of(cls, drawn: Mapping[str, Tensor], low: str, sharp: Mapping[float, Mapping[str, Tensor]] | None = None):
         """From what `draw` and `particles` returned, the lower reward standardised under p_0."""
         mean, sd = rewards.scale(drawn[low])
-        n = len(drawn["clip"])
-        tilted = {
-            lam: (found["clip"].double(), (found[low].double() - mean) / sd, found["log_w"].double())
-            for lam, found in sorted((sharp or {}).items())
-        }
-        return cls(drawn["clip"].double(), (drawn[low].double() - mean) / sd, int(drawn["cost"]) // n, tilted)
+        tilted = {}
+        for lam, found in sorted((sharp or {}).items()):
+            r_low = (found[low].double() - mean) / sd
+            tilted[lam] = TiltSamples.from_tilt(
+                found["clip"].double(), r_low, lam, found["log_w"], float(found["log_z"])
+            )
+        return cls(
+            drawn["clip"].double(), (drawn[low].double() - mean) / sd, int(drawn["cost"]) // len(drawn["clip"]), tilted
+        )
 
     def folds(self, seeds: int, seed: int) -> tuple[Bank, Bank]:
         """The fold of a seed, and the rest."""
@@ -139,21 +142,27 @@ class Bank:
         return TiltSamples(self.r_up, self.r_low, cost=len(self.r_up) * self.each)
 
     def law(self, lam: float, weight: float = 0.0) -> dict:
-        """The law p_0 exp((r_low + weight r_up)/lam): "r_up", "r_low" and "p" (n,), "ess", "kl" and "how".
+        """The law p_0 exp((r_low + weight r_up)/lam), r_up in standard deviations: "r_up", "r_low" and "p" (n,), "ess",
+        "kl" and "how".
 
-        "how" is "reweighted", or "particles" where reweighting has an effective sample size below MIN_ESS and there
-        are particles at this lam.
+        By samples of p_0 ("reweighted"; "p_0" at lam = infinity) where their effective sample size is MIN_ESS, else by
+        whichever samples or particles have the largest ("particles at ...").
         """
         if lam == math.inf:
             p = torch.full_like(self.r_low, 1 / len(self.r_low), dtype=torch.float64)
             return {"r_up": self.r_up, "r_low": self.r_low, "p": p, "ess": float(len(p)), "kl": 0.0, "how": "p_0"}
-        up = (self.r_up - self.r_up.mean()) / self.r_up.std()
-        p, info = TiltSamples(up, self.r_low + weight * up).tilt(lam)
-        found = {"r_up": self.r_up, "r_low": self.r_low, "p": p, "how": "reweighted"}
-        if info["ess"] < MIN_ESS and not weight and lam in self.sharp:
-            r_up, r_low, log_w = self.sharp[lam]
-            found = {"r_up": r_up, "r_low": r_low, "p": log_w.double().softmax(0), "how": "particles"}
-        return found | {"ess": info["ess"], "kl": info["kl"]}
+        mean, sd = self.r_up.mean(), self.r_up.std()
+        best = None
+        for at, samples in ((None, self.samples()), *self.sharp.items()):
+            tilted = replace(samples, r_low=samples.r_low + weight * (samples.r_up - mean) / sd)
+            p, info = tilted.tilt(lam)
+            if best is None or info["ess"] > best["ess"]:
+                how = "reweighted" if at is None else f"particles at {at:g}"
+                best = {"r_up": samples.r_up, "r_low": samples.r_low, "p": p, "how": how}
+                best |= {"ess": info["ess"], "kl": info["kl"]}
+            if at is None and info["ess"] >= MIN_ESS:
+                break
+        return best
 
     def worth(self, lam: float, weight: float = 0.0) -> dict[str, float | str]:
         """E r_up at lam with its standard error, E r_low, KL, ESS and how it was found."""
@@ -178,15 +187,27 @@ class Bank:
         return next(lam for lam in lams if self.samples().tilt(lam)[1]["ess"] >= MIN_ESS)
 
 
-def compare(whole: Bank, seeds: int, seed: int, *, trials: int, target: float, start: float = 1.0) -> list[dict]:
+def compare(
+    whole: Bank,
+    seeds: int,
+    seed: int,
+    *,
+    trials: int,
+    target: float,
+    start: float = 1.0,
+    draw: Callable[[float, int], TiltSamples] | None = None,
+) -> list[dict]:
     """Every method once, on the fold of a seed, all at the cost of that fold: a row each.
 
     trials  of random and Bayesian search and of `adaptive_kl`, which steers to the KL `target`
+    draw    (lam, round) -> particles at lam, for Algorithm 2, which then starts from half the fold and spends the other
+            half's cost on them. None: it starts from all of the fold and goes no further down than that reaches
     Rows: method, lam, weight, cost, trials, said, what the lambda is worth on the other folds, "regret" to the best
     lambda there, and "path": (cost so far, lambda) of each trial.
     """
     fold, rest = whole.folds(seeds, seed)
-    samples, bounds = fold.samples(), (rest.reach(), 100.0)
+    samples, bounds = fold.samples(), (min(rest.sharp, default=rest.reach()), 100.0)
+    half = fold.folds(2, 0)[0].samples()
     budget = samples.cost
     guided = 2 * whole.each
 
@@ -194,9 +215,9 @@ def compare(whole: Bank, seeds: int, seed: int, *, trials: int, target: float, s
         return baselines.plan(budget, guided, count)[1]
 
     methods = [
-        lambda: baselines.algorithm_2(samples, start, bounds=(0.01, 100.0)),
-        lambda: baselines.reweighted_curve(samples, (0.01, 100.0)),
-        lambda: baselines.reweighted_bayesian(samples, seed, trials, (0.01, 100.0)),
+        lambda: baselines.algorithm_2(half if draw else samples, start, bounds, draw=draw),
+        lambda: baselines.reweighted_curve(samples, bounds),
+        lambda: baselines.reweighted_bayesian(samples, seed, trials, bounds),
         lambda: baselines.none(rest.draws, max(2, budget // whole.each // 10), seed),
         lambda: baselines.grid(rest.draws, size(len(baselines.GRID)), seed),
         lambda: baselines.random_search(rest.draws, size(trials), seed, trials, bounds),
@@ -222,9 +243,9 @@ def compare(whole: Bank, seeds: int, seed: int, *, trials: int, target: float, s
 
 
 def candidates(whole: Bank, count: int = 161) -> list[float]:
-    """Lambdas over which the best is looked for: a grid from what reweighting reaches to 100, infinity, particles'."""
-    low = math.log10(whole.reach())
-    return [*whole.sharp, *torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf]
+    """Lambdas over which the best is looked for: a grid from what samples or particles reach to 100, and infinity."""
+    low = math.log10(min(whole.sharp, default=whole.reach()))
+    return [*torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf]
 
 
 def _number(lam: float) -> float | None:
