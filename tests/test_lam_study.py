@@ -185,3 +185,100 @@ def test_prompts_are_captions_and_validation_is_kept_apart():
     assert not set(lam_study.TEST) & set(lam_study.VALIDATION)
     for prompt in (*lam_study.TEST, *lam_study.VALIDATION):
         assert prompt in captions.CAPTIONS
+
+
+SMALL = {"n": 260, "lams": (0.3, 1.0), "count": 20, "seed": 0}
+RACE = {"seeds": 2, "draws": 20, "trials": 5, "target": 0.5}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return finetuning.Chain.shipped(steps=3)
+
+
+@pytest.fixture(scope="module")
+def study(shipped, tmp_path_factory):
+    chain, folder = shipped, tmp_path_factory.mktemp("study")
+    materials = lam_study.gather(chain, ["a bold two"], **SMALL, folder=folder)
+    rows = lam_study.race(chain, "a bold two", "boldness", materials["a bold two"], **RACE, folder=folder)
+    return folder, materials, rows
+
+
+def test_a_race_is_kept_in_pieces_and_goes_on(shipped, study):
+    chain, (folder, materials, rows) = shipped, study
+    assert len(rows) == 2 * 9 and {(row["prompt"], row["reward"]) for row in rows} == {("a bold two", "boldness")}
+    ours = [row for row in rows if row["method"] == "Algorithm 2"]
+    # half a fold of plain samples (three steps of two passes), then guided particles, whose last step is plain
+    for row in ours:
+        extra = row["cost"] - 65 * 6
+        assert extra >= 0 and extra % (20 * 2 * (3 + 2)) == 0
+    pieces = sorted(folder.glob("race_*.json"))
+    assert len(pieces) == 2
+    pieces[1].unlink()  # killed before the second seed
+    stamp = pieces[0].stat().st_mtime_ns
+    again = lam_study.race(chain, "a bold two", "boldness", materials["a bold two"], **RACE, folder=folder)
+    assert again == rows and pieces[0].stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="was made with other trials; delete it or use another work_dir"):
+        changed = RACE | {"trials": 6}
+        lam_study.race(chain, "a bold two", "boldness", materials["a bold two"], **changed, folder=folder)
+
+
+@pytest.mark.mnist
+def test_quality_is_that_of_the_law(study):
+    _, materials, rows = study
+    found = lam_study.quality(materials, rows, "boldness", seeds=2, n=200)
+    assert len(found) == 18
+    for row in found:
+        assert 0 <= row["caption"] <= row["digit"] <= 1 + 1e-12 and row["frechet"] > 0
+    plain = [row for row in found if row["method"] == "none"]
+    images = materials["a bold two"].drawn["images"].float() / 127.5 - 1
+    classifier = networks.load_classifier("mnist28")
+    with torch.no_grad():
+        share = (classifier(images).argmax(1) == 2).double()
+    assert plain[0]["digit"] == pytest.approx(share[torch.arange(260) % 2 == 1].mean().item())
+    assert found == lam_study.quality(materials, rows, "boldness", seeds=2, n=200)
+
+
+def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
+    _, materials, _ = study
+    path = tmp_path / "rewards.safetensors"
+    lam_study.store(path, materials, pictures=3)
+    back, pictures = lam_study.restore(path)
+    for low in lam_study.LOW:
+        ours, theirs = materials["a bold two"].bank(low), back["a bold two"].bank(low)
+        for lam in (0.3, 0.9, 5.0, math.inf):
+            assert ours.worth(lam) == theirs.worth(lam)
+        assert ours.each == theirs.each
+    assert set(pictures) == {("a bold two", lam) for lam in lam_study.SLIDER_LAMS}
+    for images in pictures.values():
+        assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8 and len(images.unique(dim=0)) == 3
+    drawn = materials["a bold two"].drawn["images"]
+    assert all((drawn == image).flatten(1).all(1).any() for image in pictures["a bold two", math.inf])
+    monkeypatch.setattr(lam_study, "_about", lambda: {"clip": "another hash"})
+    with pytest.raises(ValueError, match=r"rewards.safetensors was made with other clip: run the recorded profile"):
+        lam_study.restore(path)
+
+
+def test_the_divergence_aimed_at_is_the_best_on_validation(study):
+    whole = bank(4000, sharp={lam: particles(lam) for lam in (0.1, 0.2, 0.4)})
+    # the optimum is lam = 2 B/A, where the Gaussian tilt has the divergence 1/(2 lam^2) = 0.72
+    lam_study_gain = {t: value(1 / math.sqrt(2 * t)) for t in lam_study.KL_TARGETS}
+    best = max(lam_study_gain, key=lam_study_gain.get)
+
+    class Known:
+        drawn = {"clip": whole.r_up, "ink": whole.r_low, "boldness": -whole.r_low}  # noqa: RUF012
+
+        def bank(self, low):
+            return whole
+
+    found = lam_study.validate({"a": Known(), "b": Known()})
+    assert found["target"] == best and found["gains"][best] == max(found["gains"].values())
+    assert found["correlations"]["a"]["ink"] == pytest.approx(-found["correlations"]["a"]["boldness"])
+
+
+def test_another_protocol_is_refused(chain):
+    lam_study.check_protocol(lam_study.protocol(chain), chain)
+    with pytest.raises(ValueError, match=r"by another protocol \(test, kl_target\): run the recorded profile again"):
+        lam_study.check_protocol(lam_study.protocol(chain) | {"test": ["a two"], "kl_target": 3.0}, chain)
+    with pytest.raises(ValueError, match="chain"):
+        lam_study.check_protocol(lam_study.protocol(chain), replace(chain, steps=3))

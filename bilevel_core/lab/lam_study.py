@@ -15,24 +15,29 @@ method is marked on samples it chose by.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from .. import estimators
 from ..algorithms import TiltSamples
 from ..guidance import CostMeter, LookAhead
 from ..samplers import draw_x_T, sample_particles
-from . import baselines, captions, clip, networks, rewards, runs
+from . import baselines, captions, clip, data, metrics, networks, rewards, runs
+from .experiments import piece
 from .finetuning import Chain, bank
 
 VALIDATION = ("a bold three", "a medium three", "a thin zero leaning left", "a bold six")
 TEST = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nine")
 LOW = ("boldness", "resnet")
 MIN_ESS = 500.0  # below it a reweighted mean is not called the truth
+KL_TARGET = 2.0  # of adaptive control; see `validate`
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)  # of the upper reward, in its standard deviations, in the weighted sum
 
 
@@ -48,7 +53,7 @@ def draw(
 ) -> dict[str, Tensor]:
     """`finetuning.bank` of what p_0 hears, with all rewards as they come: "clip", "ink", "boldness", "resnet"."""
     found = {"clip": clip.score(clip.load().to(device), prompt)} | lower_rewards(device)
-    options = {"folder": folder / prompt.replace(" ", "_"), "about": _about(), "device": device}
+    options = {"folder": folder / prompt.replace(" ", "_"), "about": _about(), "device": device, "batch": min(n, 500)}
     return bank(chain, heard(prompt), found, n, seed, **options, bar=prompt if bar else None)
 
 
@@ -146,11 +151,12 @@ class Bank:
         "kl" and "how".
 
         By samples of p_0 ("reweighted"; "p_0" at lam = infinity) where their effective sample size is MIN_ESS, else by
-        whichever samples or particles have the largest ("particles at ...").
+        whichever samples or particles have the largest ("particles at ..."); "at" is None or the key of `sharp`.
         """
         if lam == math.inf:
             p = torch.full_like(self.r_low, 1 / len(self.r_low), dtype=torch.float64)
-            return {"r_up": self.r_up, "r_low": self.r_low, "p": p, "ess": float(len(p)), "kl": 0.0, "how": "p_0"}
+            plain = {"r_up": self.r_up, "r_low": self.r_low, "p": p, "ess": float(len(p)), "kl": 0.0}
+            return plain | {"how": "p_0", "at": None}
         mean, sd = self.r_up.mean(), self.r_up.std()
         best = None
         for at, samples in ((None, self.samples()), *self.sharp.items()):
@@ -158,7 +164,7 @@ class Bank:
             p, info = tilted.tilt(lam)
             if best is None or info["ess"] > best["ess"]:
                 how = "reweighted" if at is None else f"particles at {at:g}"
-                best = {"r_up": samples.r_up, "r_low": samples.r_low, "p": p, "how": how}
+                best = {"r_up": samples.r_up, "r_low": samples.r_low, "p": p, "how": how, "at": at}
                 best |= {"ess": info["ess"], "kl": info["kl"]}
             if at is None and info["ess"] >= MIN_ESS:
                 break
@@ -196,17 +202,19 @@ def compare(
     target: float,
     start: float = 1.0,
     draw: Callable[[float, int], TiltSamples] | None = None,
+    min_ess: float = estimators.MIN_ESS,
 ) -> list[dict]:
     """Every method once, on the fold of a seed, all at the cost of that fold: a row each.
 
     trials  of random and Bayesian search and of `adaptive_kl`, which steers to the KL `target`
     draw    (lam, round) -> particles at lam, for Algorithm 2, which then starts from half the fold and spends the other
             half's cost on them. None: it starts from all of the fold and goes no further down than that reaches
+    min_ess  effective sample size that Algorithm 2 asks for
     Rows: method, lam, weight, cost, trials, said, what the lambda is worth on the other folds, "regret" to the best
-    lambda there, and "path": (cost so far, lambda) of each trial.
+    lambda there, and "path": [cost so far, lambda, weight] after each trial, of what the method would return by then.
     """
     fold, rest = whole.folds(seeds, seed)
-    samples, bounds = fold.samples(), (min(rest.sharp, default=rest.reach()), 100.0)
+    samples, bounds = fold.samples(), (candidates(rest)[0], 100.0)
     half = fold.folds(2, 0)[0].samples()
     budget = samples.cost
     guided = 2 * whole.each
@@ -215,7 +223,7 @@ def compare(
         return baselines.plan(budget, guided, count)[1]
 
     methods = [
-        lambda: baselines.algorithm_2(half if draw else samples, start, bounds, draw=draw),
+        lambda: baselines.algorithm_2(half if draw else samples, start, bounds, draw=draw, min_ess=min_ess),
         lambda: baselines.reweighted_curve(samples, bounds),
         lambda: baselines.reweighted_bayesian(samples, seed, trials, bounds),
         lambda: baselines.none(rest.draws, max(2, budget // whole.each // 10), seed),
@@ -229,10 +237,12 @@ def compare(
     rows = []
     for method in methods:
         found = method()
-        spent, path = found.cost - sum(trial.cost for trial in found.trials), []
+        spent, path, best_trial = found.cost - sum(trial.cost for trial in found.trials), [], found.trials[0]
+        steers = found.name in ("Algorithm 2", "adaptive KL")  # and so returns its last lambda, not the best one seen
         for trial in found.trials:
             spent += trial.cost
-            path.append((spent, _number(trial.lam)))
+            best_trial = trial if steers or trial.mean > best_trial.mean else best_trial
+            path.append([spent, _number(best_trial.lam), best_trial.weight])
         worth = rest.worth(found.lam, found.weight)
         rows.append(
             {"method": found.name, "lam": _number(found.lam), "weight": found.weight, "cost": found.cost}
@@ -244,9 +254,238 @@ def compare(
 
 def candidates(whole: Bank, count: int = 161) -> list[float]:
     """Lambdas over which the best is looked for: a grid from what samples or particles reach to 100, and infinity."""
-    low = math.log10(min(whole.sharp, default=whole.reach()))
+    low = math.log10(min(whole.sharp) if whole.sharp else whole.reach())
     return [*torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf]
 
 
 def _number(lam: float) -> float | None:
     return lam if math.isfinite(lam) else None  # JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Material:
+    """What was drawn for a prompt: `drawn` by `draw`; `sharp`: lower reward -> lam -> what `particles` returned."""
+
+    drawn: Mapping[str, Tensor]
+    sharp: Mapping[str, Mapping[float, Mapping[str, Tensor]]]
+
+    def bank(self, low: str) -> Bank:
+        """The samples as `Bank.of` has them."""
+        return Bank.of(self.drawn, low, self.sharp[low])
+
+
+def gather(
+    chain: Chain,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    lams: Sequence[float],
+    count: int,
+    seed: int,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    bar: bool = False,
+) -> dict[str, Material]:
+    """For each prompt n samples of p_0, and `count` particles at each of `lams` for each of LOW; kept in `folder`."""
+    found = {}
+    for prompt in prompts:
+        drawn, sharp = draw(chain, prompt, n, seed, folder=folder / "bank", device=device, bar=bar), {}
+        for low in LOW:
+            mean, sd = rewards.scale(drawn[low])
+            options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
+            steps = tqdm(lams, desc=f"{prompt}, {low}: particles", disable=not bar)
+            sharp[low] = {lam: particles(chain, prompt, low, lam, count, seed, **options) for lam in steps}
+        found[prompt] = Material(drawn, sharp)
+    return found
+
+
+def race(
+    chain: Chain,
+    prompt: str,
+    low: str,
+    material: Material,
+    *,
+    seeds: int,
+    draws: int,
+    trials: int,
+    target: float,
+    folder: Path,
+    device: torch.device | str = "cpu",
+) -> list[dict]:
+    """`compare` for each seed, Algorithm 2 with `draws` fresh particles wherever its samples do not reach.
+
+    A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed".
+    """
+    whole, rows = material.bank(low), []
+    mean, sd = rewards.scale(material.drawn[low])
+    config = {"prompt": prompt, "low": low, "n": len(whole.r_up), "lams": list(whole.sharp), "seeds": seeds}
+    config |= {"draws": draws, "trials": trials, "target": target} | _about()
+    for seed in range(seeds):
+
+        def fresh(lam: float, round: int, seed: int = seed) -> TiltSamples:
+            options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
+            drawn = particles(chain, prompt, low, lam, draws, 1000 * (seed + 1) + round, **options)
+            r_low, log_z = (drawn[low].double() - mean) / sd, float(drawn["log_z"])
+            return TiltSamples.from_tilt(drawn["clip"].double(), r_low, lam, drawn["log_w"], log_z, int(drawn["cost"]))
+
+        def compute(seed: int = seed, fresh: Callable = fresh) -> dict:
+            min_ess = min(estimators.MIN_ESS, draws / 2)
+            return {"rows": compare(whole, seeds, seed, trials=trials, target=target, draw=fresh, min_ess=min_ess)}
+
+        path = folder / f"race_{prompt.replace(' ', '_')}_{low}_{seed}.json"
+        found = piece(path, config | {"seed": seed}, compute)["rows"]
+        rows += [{"prompt": prompt, "reward": low, "seed": seed} | row for row in found]
+    return rows
+
+
+@torch.no_grad()
+def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *, seeds: int, n: int) -> list[dict]:
+    """What the images look like that a method's lambda stands for: a row for each seed and method of `rows`.
+
+    Shares are over the law itself: "digit" (by the frozen classifier) and "caption" (all that the prompt mentions,
+    thickness and slant as measured) as asked, mean over prompts. Distances are between features of n draws of the law a
+    prompt and those images of MNIST's test split of which the prompt is true: "kid", mean over prompts, and "frechet",
+    of all prompts pooled, each with as many real images as the rarest has. Samples of the seed's own fold stay out.
+    """
+    classifier = networks.load_classifier("mnist28")
+    real_features = networks.reference_features("mnist28", "test")
+    real_found = captions.attributes(*data.load("mnist", "test"))
+    wanted = {prompt: torch.tensor(captions.CAPTIONS[prompt]) for prompt in materials}
+    real = {prompt: real_features[captions.fits(wanted[prompt], real_found)] for prompt in materials}
+    fewest = min(map(len, real.values()))
+    pooled = torch.cat([features[:fewest] for features in real.values()])
+
+    def look(images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.float() / 127.5 - 1
+        features = torch.cat([classifier.features(part) for part in x.split(1000)])
+        digit = classifier.head(features).argmax(1)
+        true = captions.fits(wanted, captions.attributes(x, digit))
+        return features.double(), torch.stack([digit == wanted[0], true], 1).double()
+
+    seen = {
+        (prompt, at): look(found["images"], wanted[prompt])
+        for prompt, material in materials.items()
+        for at, found in ((None, material.drawn), *material.sharp[low].items())
+    }
+    chosen = {(row["method"], row["seed"], row["prompt"]): row for row in rows if row["reward"] == low}
+    banks = {prompt: material.bank(low) for prompt, material in materials.items()}
+    report = []
+    for seed, method in itertools.product(range(seeds), dict.fromkeys(row["method"] for row in rows)):
+        shares, distances, drawn = [], [], []
+        for i, prompt in enumerate(materials):
+            row = chosen[method, seed, prompt]
+            lam = math.inf if row["lam"] is None else row["lam"]
+            law = banks[prompt].folds(seeds, seed)[1].law(lam, row["weight"])
+            features, right = seen[prompt, law["at"]]
+            if law["at"] is None:
+                others = torch.arange(len(features)) % seeds != seed
+                features, right = features[others], right[others]
+            generator = torch.Generator().manual_seed(1_000 * seed + i)
+            drawn.append(features[torch.multinomial(law["p"], n, replacement=True, generator=generator)])
+            shares.append(law["p"] @ right)
+            distances.append(metrics.kid(drawn[-1], real[prompt], seed=seed)[0])
+        digit, caption = torch.stack(shares).mean(0).tolist()
+        found = {"digit": digit, "caption": caption, "kid": sum(distances) / len(distances)}
+        found["frechet"] = metrics.frechet(torch.cat(drawn), pooled)
+        report.append({"reward": low, "seed": seed, "method": method} | found)
+    return report
+
+
+SLIDER_LAMS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)
+
+
+def picture(material: Material, low: str, lam: float, k: int, seed: int = 0) -> Tensor:
+    """k different images (k, 1, 28, 28) uint8 of the law at lam, drawn without replacement by their weights."""
+    law = material.bank(low).law(lam)
+    images = material.drawn["images"] if law["at"] is None else material.sharp[low][law["at"]]["images"]
+    p = law["p"].clamp(min=1e-30)  # where fewer than k have weight, the next best
+    return images[torch.multinomial(p, k, generator=torch.Generator().manual_seed(seed))]
+
+
+def store(path: Path, materials: Mapping[str, Material], pictures: int) -> None:
+    """Keeps rewards of samples and particles, and `pictures` images for each prompt and value of SLIDER_LAMS under the
+    first reward of LOW, in one file for `restore`."""
+    tensors = {}
+    for prompt, material in materials.items():
+        for name in ("clip", *lower_rewards()):
+            tensors[f"{prompt}|{name}"] = material.drawn[name].float()
+        tensors[f"{prompt}|cost"] = material.drawn["cost"].reshape(1)
+        for low, sharp in material.sharp.items():
+            for lam, found in sharp.items():
+                for name in ("clip", low, "log_w", "log_z"):
+                    tensors[f"{prompt}|{low}|{lam:g}|{name}"] = found[name].reshape(-1)
+        for lam in SLIDER_LAMS:
+            tensors[f"{prompt}|picture|{lam:g}"] = picture(material, LOW[0], lam, pictures)
+    runs.save_state(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, _about())
+
+
+def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Tensor]]:
+    """Materials without images, and the pictures by (prompt, lam), as `store` kept them.
+
+    Raises ValueError if they were made with other weights or rewards than these, naming what differs.
+    """
+    tensors, about = runs.load_state(path)
+    changed = [key for key in _about() if about.get(key) != _about()[key]]
+    if changed:
+        raise ValueError(f"{path.name} was made with other {', '.join(changed)}: run the recorded profile again")
+    materials: dict[str, Material] = {}
+    pictures = {}
+    for name, tensor in tensors.items():
+        prompt, *rest = name.split("|")
+        material = materials.setdefault(prompt, Material({}, {low: {} for low in LOW}))
+        if rest[0] == "picture":
+            pictures[prompt, float(rest[1])] = tensor
+        elif len(rest) == 1:
+            material.drawn[rest[0]] = tensor[0] if rest[0] == "cost" else tensor
+        else:
+            low, lam, key = rest
+            material.sharp[low].setdefault(float(lam), {})[key] = tensor[0] if key == "log_z" else tensor
+    return materials, pictures
+
+
+KL_TARGETS = (0.03, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+
+
+def validate(materials: Mapping[str, Material]) -> dict[str, object]:
+    """What validation prompts say on the open choices.
+
+    "correlations" of ink and of boldness with the CLIP score under p_0, by prompt; "gains": for each of KL_TARGETS the
+    mean over prompts and LOW of the gain in CLIP score, in standard deviations under p_0, at the lambda whose law has
+    that divergence; and the "target" with the largest.
+    """
+    correlations, gains = {}, torch.zeros(len(KL_TARGETS), dtype=torch.float64)
+    for prompt, material in materials.items():
+        up = material.drawn["clip"].double()
+        pairs = {name: torch.stack([up, material.drawn[name].double()]) for name in ("ink", "boldness")}
+        correlations[prompt] = {name: pair.corrcoef()[0, 1].item() for name, pair in pairs.items()}
+        for low in LOW:
+            whole = material.bank(low)
+            worths = [whole.worth(lam) for lam in candidates(whole, 81)]
+            for i, target in enumerate(KL_TARGETS):
+                nearest = min(worths, key=lambda worth: abs(math.log(max(worth["kl"], 1e-9) / target)))
+                gains[i] += ((nearest["up"] - up.mean()) / up.std()).item() / (len(materials) * len(LOW))
+    target = KL_TARGETS[int(gains.argmax())]
+    return {"correlations": correlations, "gains": dict(zip(KL_TARGETS, gains.tolist(), strict=True)), "target": target}
+
+
+def protocol(chain: Chain) -> dict[str, object]:
+    """What a recorded result must share with this code, JSON-able."""
+    return {
+        "test": list(TEST),
+        "validation": list(VALIDATION),
+        "low": list(LOW),
+        "heard by p_0": "all but the thickness",
+        "chain": {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta},
+        "truth": f"reweighting at ESS >= {MIN_ESS:g}, else particles",
+        "kl_target": KL_TARGET,
+        "weights": list(WEIGHTS),
+    } | _about()
+
+
+def check_protocol(found: Mapping[str, object], chain: Chain) -> None:
+    """Raises ValueError, naming what differs, if a result was made by another protocol than `protocol`."""
+    changed = [key for key, value in protocol(chain).items() if found.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"the result was made by another protocol ({', '.join(changed)}): run the recorded profile again"
+        )
