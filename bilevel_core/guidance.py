@@ -54,6 +54,8 @@ class LookAhead:
     lam         entropy strength > 0
     abar        (T+1,) signal levels;  ts: the sampler's grid, whose last step (no noise) is left unguided
     guide_last  guides the last step too, for deterministic samplers
+    temper      >= 0: at time t, h is abar_t^temper reward/lam. 0 is Algorithm 5; about 1 serves particles, whose first
+                weights otherwise choose by what the reward makes of a blurred x0_hat. The last weight is h as it is
     micro_batch rows per gradient pass, None: all. Gradients are per sample, so it changes nothing but the memory
     checkpoint  recomputes denoiser and reward in the backward pass, so that their activations are never held together
     record      a list, to which each guided step appends (t, |grad h|^2 (B,)), for `path_kl` and `guidance_norm`
@@ -70,14 +72,18 @@ class LookAhead:
         ts: list[int],
         *,
         guide_last: bool = False,
+        temper: float = 0.0,
         micro_batch: int | None = None,
         checkpoint: bool = False,
         record: list[tuple[int, Tensor]] | None = None,
     ):
         if not 0 < float(lam) < float("inf"):
             raise ValueError(f"lam = {float(lam)} must be positive and finite")
+        if not 0 <= temper < float("inf"):
+            raise ValueError(f"temper = {temper} must be at least 0 and finite")
         self.denoiser, self.reward, self.lam, self.abar, self.record = denoiser, reward, lam, abar, record
         self.unguided, self.micro_batch, self.checkpoint = None if guide_last else ts[-1], micro_batch, checkpoint
+        self.temper = temper
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
         return self.denoiser(x, t) if t == self.unguided else self.look(x, t)[1]
@@ -109,6 +115,7 @@ class LookAhead:
                 x = x.detach().requires_grad_()
             eps_hat = self._run(self.denoiser, x, t)
             h = self._run(self.potential, x0_from_eps(x, eps_hat, self.abar[t]))
+            h = h * self.abar[t].to(h) ** self.temper if self.temper else h
             if not guided:
                 return eps_hat, eps_hat, h
             if not h.requires_grad:

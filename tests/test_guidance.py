@@ -109,10 +109,22 @@ def test_the_caller_decides_about_gradients():
     assert torch.autograd.gradcheck(run, q, atol=1e-5)
 
 
+def test_a_tempered_potential_is_that_of_a_larger_lambda_except_at_the_end():
+    x, t = some_x(), 10
+    tempered = guidance.LookAhead(crooked, bumpy, 0.7, ABAR, TS, temper=2.0)
+    weaker = guidance.LookAhead(crooked, bumpy, 0.7 / float(ABAR[t]) ** 2, ABAR, TS)
+    for a, b in zip(tempered.look(x, t), weaker.look(x, t), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(tempered.potential(x), bumpy(x) / 0.7)
+
+
 def test_bad_input():
     for lam in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="must be positive and finite"):
             guidance.LookAhead(crooked, bumpy, lam, ABAR, TS)
+    for temper in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temper = .* must be at least 0 and finite"):
+            guidance.LookAhead(crooked, bumpy, 1.0, ABAR, TS, temper=temper)
     for reward, message in [
         (lambda x: bumpy(x).mean(), r"the reward has shape \(\) for 7 samples"),
         (lambda x: bumpy(x) / 0, "the reward is not finite for 7 of 7 samples"),

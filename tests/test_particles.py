@@ -39,14 +39,14 @@ def within(values, exact, sigmas=4.0):
 # ---------------------------------------------------------------- a Gaussian: the tilted chain in closed form
 
 
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("guided, temper", [(True, 0.0), (False, 0.0), (True, 1.0)])
 @pytest.mark.parametrize("eta, abar_T", [(1.0, None), (0.5, None), (1.0, 0.3)])
-def test_gaussian_particles_have_the_law_of_the_tilted_chain(guided, eta, abar_T):
+def test_gaussian_particles_have_the_law_of_the_tilted_chain(guided, temper, eta, abar_T):
     """Mean, variance and log Z; with abar_T = 0.3 only because of the weight at the start."""
     abar = ABAR if abar_T is None else schedules.rescale_terminal(ABAR[: T // 2 + 1], abar_T)
     ts = samplers.timesteps(len(abar) - 1, 8)
     chain, lam = LAW.chain_law(abar, ts, eta), 0.8
-    guide = guidance.LookAhead(LAW.denoiser(abar), lambda x: x @ SLOPE, lam, abar, ts)
+    guide = guidance.LookAhead(LAW.denoiser(abar), lambda x: x @ SLOPE, lam, abar, ts, temper=temper)
     runs = [particles(guide, (400, 2), seed, abar, ts, eta=eta, guided=guided) for seed in range(40)]
     means = torch.stack([log_w.exp() @ x for x, log_w, _ in runs])
     assert within(means, chain.tilt(SLOPE, lam).mean)

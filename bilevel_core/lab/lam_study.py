@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ VALIDATION = ("a bold three", "a medium three", "a thin zero leaning left", "a b
 TEST = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nine")
 LOW = ("boldness", "resnet")
 MIN_ESS = 500.0  # below it a reweighted mean is not called the truth
+TEMPER = 1.0  # of the particles' potentials: `guidance.LookAhead`
 KL_TARGET = 2.0  # of adaptive control; see `validate`
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)  # of the upper reward, in its standard deviations, in the weighted sum
 
@@ -81,14 +83,25 @@ def particles(
     Returns "clip" and r_low under the name `low` (n,), as they come; "log_w" (n,); "log_z" (); "images" (n, 1, 28, 28)
     uint8; and "cost" (), in image forwards. Raises ValueError where the file was made otherwise, naming what differs.
     """
-    config = {"prompt": prompt, "low": low, "lam": lam, "n": n, "seed": seed, "mean": mean, "sd": sd} | _about()
+    config = {
+        "prompt": prompt,
+        "low": low,
+        "lam": lam,
+        "n": n,
+        "seed": seed,
+        "mean": mean,
+        "sd": sd,
+        "temper": 1.0,
+    } | _about()
     config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
     path = folder / f"{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.safetensors"
     if not path.exists():
         reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
         generator = torch.Generator(device).manual_seed(seed)
         meter = CostMeter(chain.denoise(heard(prompt)))
-        guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts)
+        guide = LookAhead(
+            meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts, temper=TEMPER
+        )
         x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
         with torch.no_grad():
             x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
@@ -146,29 +159,68 @@ class Bank:
         """As Algorithm 2 takes them, with their cost."""
         return TiltSamples(self.r_up, self.r_low, cost=len(self.r_up) * self.each)
 
+    @cached_property
+    def pooled(self) -> TiltSamples:
+        """Samples of p_0 and all particles as one set, weighted back to p_0.
+
+        Each by one over the density of the mixture of the laws they came from (multistate reweighting, Shirts & Chodera
+        2008, arXiv:0801.1426), whose constants Z, relative to p_0, minimise a convex function. Unlike the effective
+        sample size of one set, this cannot mistake a far corner, where particles at a small lambda sit with nearly even
+        weights at every other lambda, for the law itself; nor does it need the particles' own estimates of Z. Where
+        neighbouring laws do not overlap, Z and so the divergence are rough, the means are not.
+        """
+        from scipy.optimize import minimize
+
+        parts = list(self.sharp.values())
+        inverse = torch.tensor([0.0, *(1 / lam for lam in self.sharp)], dtype=torch.float64)
+        sizes = torch.tensor([len(self.r_up), *(len(s.r_up) for s in parts)], dtype=torch.float64)
+        r_up, r_low = (torch.cat([getattr(s, name).double() for s in (self, *parts)]) for name in ("r_up", "r_low"))
+        own = [(s.log_w + s.r_low / lam).softmax(0) * len(s.r_low) for lam, s in self.sharp.items()]
+        count = torch.cat(
+            [torch.ones(len(self.r_up), dtype=torch.float64), *own]
+        )  # how many of its set a row stands for
+        h = inverse[:, None] * r_low
+
+        def log_density(log_z: Tensor) -> Tensor:
+            return ((sizes.log() - log_z)[:, None] + h).logsumexp(0)
+
+        def objective(free: object) -> tuple[float, object, object]:
+            log_z = torch.cat([torch.zeros(1, dtype=torch.float64), torch.as_tensor(free)])
+            density = log_density(log_z)
+            share = ((sizes.log() - log_z)[:, None] + h - density).exp()
+            value, slope = (count @ density + sizes @ log_z) / len(count), sizes - share @ count
+            curve = torch.diag(share @ count) - (share * count) @ share.T
+            return value.item(), slope[1:].numpy() / len(count), curve[1:, 1:].numpy() / len(count)
+
+        start = (h[1:, : len(self.r_up)].logsumexp(1) - sizes[0].log()).numpy()
+        calls = {"jac": lambda f: objective(f)[1], "hess": lambda f: objective(f)[2]}
+        found = minimize(lambda f: objective(f)[0], start, method="trust-exact", **calls, options={"gtol": 1e-9}).x
+        log_z = torch.cat([torch.zeros(1, dtype=torch.float64), torch.as_tensor(found)])
+        log_w = count.clamp(min=1e-300).log() - log_density(log_z)
+        return TiltSamples(r_up, r_low, log_w)
+
     def law(self, lam: float, weight: float = 0.0) -> dict:
         """The law p_0 exp((r_low + weight r_up)/lam), r_up in standard deviations: "r_up", "r_low" and "p" (n,), "ess",
         "kl" and "how".
 
-        By samples of p_0 ("reweighted"; "p_0" at lam = infinity) where their effective sample size is MIN_ESS, else by
-        whichever samples or particles have the largest ("particles at ..."); "at" is None or the key of `sharp`.
+        By samples of p_0 ("reweighted"; "p_0" at lam = infinity) where their effective sample size is MIN_ESS or there
+        are no particles, else by `pooled` ("particles"): rows are then samples of p_0, followed by those of `sharp`.
         """
         if lam == math.inf:
             p = torch.full_like(self.r_low, 1 / len(self.r_low), dtype=torch.float64)
-            plain = {"r_up": self.r_up, "r_low": self.r_low, "p": p, "ess": float(len(p)), "kl": 0.0}
-            return plain | {"how": "p_0", "at": None}
+            return {"r_up": self.r_up, "r_low": self.r_low, "p": p, "ess": float(len(p)), "kl": 0.0, "how": "p_0"}
         mean, sd = self.r_up.mean(), self.r_up.std()
-        best = None
-        for at, samples in ((None, self.samples()), *self.sharp.items()):
-            tilted = replace(samples, r_low=samples.r_low + weight * (samples.r_up - mean) / sd)
-            p, info = tilted.tilt(lam)
-            if best is None or info["ess"] > best["ess"]:
-                how = "reweighted" if at is None else f"particles at {at:g}"
-                best = {"r_up": samples.r_up, "r_low": samples.r_low, "p": p, "how": how, "at": at}
-                best |= {"ess": info["ess"], "kl": info["kl"]}
-            if at is None and info["ess"] >= MIN_ESS:
-                break
-        return best
+
+        def tilt(samples: TiltSamples) -> tuple[Tensor, dict]:
+            return replace(samples, r_low=samples.r_low + weight * (samples.r_up - mean) / sd).tilt(lam)
+
+        samples, how = self.samples(), "reweighted"
+        p, info = tilt(samples)
+        if info["ess"] < MIN_ESS and self.sharp:
+            samples, how = self.pooled, "particles"
+            p, info = tilt(samples)
+        found = {"r_up": samples.r_up, "r_low": samples.r_low, "p": p, "how": how}
+        return found | {"ess": info["ess"], "kl": info["kl"]}
 
     def worth(self, lam: float, weight: float = 0.0) -> dict[str, float | str]:
         """E r_up at lam with its standard error, E r_low, KL, ESS and how it was found."""
@@ -273,6 +325,10 @@ class Material:
         """The samples as `Bank.of` has them."""
         return Bank.of(self.drawn, low, self.sharp[low])
 
+    def images(self, low: str) -> Tensor:
+        """In the order of rows in `Bank.law`: of p_0, then the particles, (n, 1, 28, 28) uint8."""
+        return torch.cat([self.drawn["images"], *(self.sharp[low][lam]["images"] for lam in sorted(self.sharp[low]))])
+
 
 def gather(
     chain: Chain,
@@ -362,11 +418,7 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
         true = captions.fits(wanted, captions.attributes(x, digit))
         return features.double(), torch.stack([digit == wanted[0], true], 1).double()
 
-    seen = {
-        (prompt, at): look(found["images"], wanted[prompt])
-        for prompt, material in materials.items()
-        for at, found in ((None, material.drawn), *material.sharp[low].items())
-    }
+    seen = {prompt: look(material.images(low), wanted[prompt]) for prompt, material in materials.items()}
     chosen = {(row["method"], row["seed"], row["prompt"]): row for row in rows if row["reward"] == low}
     banks = {prompt: material.bank(low) for prompt, material in materials.items()}
     report = []
@@ -376,10 +428,10 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
             row = chosen[method, seed, prompt]
             lam = math.inf if row["lam"] is None else row["lam"]
             law = banks[prompt].folds(seeds, seed)[1].law(lam, row["weight"])
-            features, right = seen[prompt, law["at"]]
-            if law["at"] is None:
-                others = torch.arange(len(features)) % seeds != seed
-                features, right = features[others], right[others]
+            rows_of_p = torch.arange(len(materials[prompt].drawn["clip"]))
+            others = torch.ones(len(seen[prompt][0]), dtype=torch.bool)
+            others[rows_of_p] = rows_of_p % seeds != seed
+            features, right = (values[others][: len(law["p"])] for values in seen[prompt])
             generator = torch.Generator().manual_seed(1_000 * seed + i)
             drawn.append(features[torch.multinomial(law["p"], n, replacement=True, generator=generator)])
             shares.append(law["p"] @ right)
@@ -396,10 +448,8 @@ SLIDER_LAMS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)
 
 def picture(material: Material, low: str, lam: float, k: int, seed: int = 0) -> Tensor:
     """k different images (k, 1, 28, 28) uint8 of the law at lam, drawn without replacement by their weights."""
-    law = material.bank(low).law(lam)
-    images = material.drawn["images"] if law["at"] is None else material.sharp[low][law["at"]]["images"]
-    p = law["p"].clamp(min=1e-30)  # where fewer than k have weight, the next best
-    return images[torch.multinomial(p, k, generator=torch.Generator().manual_seed(seed))]
+    p = material.bank(low).law(lam)["p"].clamp(min=1e-30)  # where fewer than k have weight, the next best
+    return material.images(low)[torch.multinomial(p, k, generator=torch.Generator().manual_seed(seed))]
 
 
 def store(path: Path, materials: Mapping[str, Material], pictures: int) -> None:
