@@ -39,7 +39,7 @@ TEST = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nin
 LOW = ("boldness", "resnet")
 MIN_ESS = 500.0  # below it a reweighted mean is not called the truth
 TEMPER = 1.0  # of the particles' potentials: `guidance.LookAhead`
-KL_TARGET = 2.0  # of adaptive control; see `validate`
+KL_TARGET = 0.5  # of adaptive control; see `validate`
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)  # of the upper reward, in its standard deviations, in the weighted sum
 
 
