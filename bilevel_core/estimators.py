@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,123 @@ def penalty_grad(problem: object, x: Tensor, p_star: object, p_gamma: object, ga
     gap = problem.g(x, p_gamma) - problem.g(x, p_star)
     (grad,) = torch.autograd.grad(f + gamma * gap, x)
     return grad, {"f": f.item(), "gap": gap.item()}
+
+
+# ---------------------------------------------------------------- the gradient of a sampled objective in q
+#
+# f(q, seed) -> () draws whatever is random in it (x_T, a minibatch) from the seed alone. Common random numbers, the
+# default, give both sides of a difference the same seed; without them the noise of f is divided by delta.
+
+Objective = Callable[[Tensor, int], Tensor]
+
+
+def q_grad_two_point(
+    f: Objective,
+    q: Tensor,
+    *,
+    seed: int,
+    delta: Tensor | float = 0.01,
+    directions: int = 1,
+    common: bool = True,
+) -> tuple[Tensor, dict]:
+    """Zeroth order along random directions: mean over u ~ N(0, I) of (f(q + delta u) - f(q - delta u))/2 * u/delta.
+
+    q           (m,);  seed: of the directions, and of f
+    delta       > 0, () or (m,): a length for each coordinate
+    directions  how many u; two evaluations each
+    common      False draws f anew for each evaluation
+    Returns (m,), unbiased for the gradient of f smoothed over that length, and info: "calls" of f, "f" their mean, and
+    "se" (m,) over directions (None for one). One direction has |gradient|/sd <= 0.71 per coordinate even without noise.
+    """
+    delta = _lengths(delta, q)
+    if directions < 1:
+        raise ValueError(f"directions = {directions} must be at least 1")
+    generator, draws, values = torch.Generator().manual_seed(seed), [], []
+    for k in range(directions):
+        u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
+        seeds = (seed, seed) if common else (seed + 2 * k + 1, seed + 2 * k + 2)
+        high, low = (_value(f, q + sign * delta * u, s) for sign, s in zip((1, -1), seeds, strict=True))
+        draws.append((high - low) / 2 * u / delta)
+        values += [high, low]
+    draws = torch.stack(draws)
+    se = draws.std(0) / directions**0.5 if directions > 1 else None
+    return draws.mean(0), {"calls": 2 * directions, "f": torch.stack(values).mean().item(), "se": se}
+
+
+def q_grad_one_point(
+    f: Objective, q: Tensor, previous: float, *, seed: int, delta: Tensor | float = 0.01, f_seed: int | None = None
+) -> tuple[Tensor, dict]:
+    """The one-point residual estimate (f(q + delta u) - previous) u/delta: one evaluation a step.
+
+    previous  f at the last perturbed point: "f" of the last info. It centres the estimate: any constant leaves it
+              unbiased, a close one lowers its variance. The first call needs a real value, f(q), not 0
+    seed      of u;  f_seed: of f, the same in every step for common random numbers; None: `seed`
+    The other arguments and the result are those of `q_grad_two_point`.
+    """
+    delta = _lengths(delta, q)
+    if not math.isfinite(previous):
+        raise ValueError(f"previous = {previous} must be finite: start with f(q)")
+    u = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(q)
+    value = _value(f, q + delta * u, seed if f_seed is None else f_seed)
+    return (value - previous) * u / delta, {"calls": 1, "f": value.item(), "se": None}
+
+
+def q_grad_coordinates(
+    f: Objective, q: Tensor, *, seed: int, delta: Tensor | float = 0.01, common: bool = True
+) -> tuple[Tensor, dict]:
+    """Central differences, coordinate by coordinate: 2 m evaluations, error O(delta^2) and, with common random numbers,
+    no noise from directions. Arguments and result as for `q_grad_two_point`."""
+    delta = _lengths(delta, q)
+    grad, values = torch.zeros_like(q), []
+    for i, step in enumerate(torch.diag(delta)):
+        seeds = (seed, seed) if common else (seed + 2 * i + 1, seed + 2 * i + 2)
+        high, low = (_value(f, q + sign * step, s) for sign, s in zip((1, -1), seeds, strict=True))
+        grad[i] = (high - low) / (2 * delta[i])
+        values += [high, low]
+    return grad, {"calls": 2 * len(q), "f": torch.stack(values).mean().item(), "se": None}
+
+
+def q_grad_forward(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]:
+    """Pathwise, forward mode: one jvp through all of f for each coordinate. Exact for this seed; memory does not grow
+    with the number of sampling steps. "calls": 1 for the value and one for each tangent.
+
+    Attention by fused kernels has no forward mode: use networks without it, or torch's math backend.
+    """
+
+    def run(q: Tensor) -> Tensor:
+        return f(q, seed)
+
+    grad = []
+    for direction in torch.eye(len(q), dtype=q.dtype, device=q.device):
+        value, slope = torch.func.jvp(run, (q.detach(),), (direction,))
+        grad.append(slope.to(q))
+    return torch.stack(grad).detach(), {"calls": 1 + len(q), "f": value.item(), "se": None}
+
+
+def q_grad_reverse(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]:
+    """Pathwise, reverse mode: one backward pass through f. Exact for this seed if f keeps its whole graph; biased if f
+    cuts it, as `samplers.sample_ddim(..., grad_steps=K)` does. "calls": 1 forward and 1 for the backward pass."""
+    q = q.detach().requires_grad_()
+    value = f(q, seed)
+    (grad,) = torch.autograd.grad(value, q)
+    return grad, {"calls": 2, "f": value.item(), "se": None}
+
+
+def _lengths(delta: Tensor | float, q: Tensor) -> Tensor:
+    delta = torch.as_tensor(delta, dtype=q.dtype, device=q.device)
+    if not ((delta > 0) & torch.isfinite(delta)).all() or delta.shape not in ((), q.shape):
+        raise ValueError(
+            f"delta = {delta.tolist()} must be positive, one number or one for each of {len(q)} coordinates"
+        )
+    return delta.expand(q.shape)
+
+
+def _value(f: Objective, q: Tensor, seed: int) -> Tensor:
+    with torch.no_grad():
+        value = f(q, seed).double()
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"f = {value.item()} at q = {q.tolist()}: lower delta, or project q with a margin")
+    return value
 
 
 # ---------------------------------------------------------------- the gradient in the entropy strength lambda

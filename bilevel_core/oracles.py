@@ -312,7 +312,8 @@ class LinearGaussianSchedule:
         abar, gain = self.abar(q), torch.ones((), dtype=torch.float64)
         for t, s in zip(self.ts, [*self.ts[1:], 0], strict=True):
             x0_gain = (1 - (1 - abar[t]).sqrt() * a[t - 1]) / abar[t].sqrt()
-            gain = gain * (abar[s].sqrt() * x0_gain + (1 - abar[s]).sqrt() * a[t - 1])
+            noise = (1 - abar[s]).sqrt() if s else 0.0  # sqrt(0) has no tangent in forward mode
+            gain = gain * (abar[s].sqrt() * x0_gain + noise * a[t - 1])
         return (gain.abs() - self.s) ** 2
 
     def g(self, q: Tensor, a: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ such as tqdm. The law of the samples is the law of this discrete chain, not of i
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from . import schedules
 
@@ -82,6 +84,8 @@ def sample_ddim(
     generator: torch.Generator | None = None,
     noise: Iterable[Tensor] | None = None,
     trajectory: bool = False,
+    grad_steps: int | None = None,
+    checkpoint: bool = False,
     progress: Callable[[list], Iterable] | None = None,
 ) -> Tensor | list[Tensor]:
     """Algorithm 4 with the DDIM update of Song et al. (arXiv 2010.02502, eq. 12).
@@ -91,17 +95,23 @@ def sample_ddim(
     ts     descending grid from `timesteps`
     eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling
     noise  one tensor like x for each step, else drawn from the generator (only where sigma > 0)
+    grad_steps  only the last so many steps keep a graph: a truncated, biased gradient. None: all, where enabled
+    checkpoint  recomputes each denoiser call in the backward pass, so that memory holds one of them at a time
     Returns x_0 (B, ...), or the list [x_T, ..., x_0] if trajectory. Raises ValueError for a bad eta or grid.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
+    if grad_steps is not None and grad_steps < 1:
+        raise ValueError(f"grad_steps = {grad_steps} must be at least 1, or None for all")
     path, noise = [x], iter(noise) if noise is not None else None
-    for t, s in _pairs(ts, abar, progress):
-        c_x, c_eps, sigma = ddim_coefficients(abar, t, s, eta)
-        eps_hat = denoiser(x, t)
-        x = _scalar(c_x, x) * x + _scalar(c_eps, x) * eps_hat
-        if eta and s:
-            x = x + _scalar(sigma, x) * _draw(x, noise, generator)
+    cut = 0 if grad_steps is None else len(ts) - grad_steps
+    for i, (t, s) in enumerate(_pairs(ts, abar, progress)):
+        with torch.no_grad() if i < cut else nullcontext():
+            c_x, c_eps, sigma = ddim_coefficients(abar, t, s, eta)
+            eps_hat = recompute(denoiser, x, t, use_reentrant=False) if checkpoint else denoiser(x, t)
+            x = _scalar(c_x, x) * x + _scalar(c_eps, x) * eps_hat
+            if eta and s:
+                x = x + _scalar(sigma, x) * _draw(x, noise, generator)
         if trajectory:
             path.append(x)
     return path if trajectory else x

@@ -466,7 +466,8 @@ def store(path: Path, materials: Mapping[str, Material], pictures: int) -> None:
                     tensors[f"{prompt}|{low}|{lam:g}|{name}"] = found[name].reshape(-1)
         for lam in SLIDER_LAMS:
             tensors[f"{prompt}|picture|{lam:g}"] = picture(material, LOW[0], lam, pictures)
-    runs.save_state(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, _about())
+    meta = _about() | {"prompts": list(materials)}
+    runs.save_state(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, meta)
 
 
 def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Tensor]]:
@@ -478,11 +479,11 @@ def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Te
     changed = [key for key in _about() if about.get(key) != _about()[key]]
     if changed:
         raise ValueError(f"{path.name} was made with other {', '.join(changed)}: run the recorded profile again")
-    materials: dict[str, Material] = {}
+    materials = {prompt: Material({}, {low: {} for low in LOW}) for prompt in about["prompts"]}
     pictures = {}
     for name, tensor in tensors.items():
         prompt, *rest = name.split("|")
-        material = materials.setdefault(prompt, Material({}, {low: {} for low in LOW}))
+        material = materials[prompt]
         if rest[0] == "picture":
             pictures[prompt, float(rest[1])] = tensor
         elif len(rest) == 1:

@@ -1,0 +1,135 @@
+"""Estimators of the gradient in q on the linear-Gaussian oracle: exact values, unbiasedness, agreement of modes."""
+
+import math
+
+import pytest
+import torch
+
+from bilevel_core import distances, estimators, oracles, samplers
+
+ORACLE = oracles.LinearGaussianSchedule()
+Q = torch.tensor([0.05, 0.9, 1.2, 0.02], dtype=torch.float64)
+A = ORACLE.solve_star(Q).detach()
+
+
+def exact(q, seed=0):
+    return ORACLE.f(q, A)
+
+
+def sampled(q, seed, n=32, **options):
+    """The Frechet distance of n samples of the oracle's DDIM chain, by the package's sampler."""
+    abar = ORACLE.abar(q)
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = samplers.sample_ddim(lambda x, t: A[t - 1] * x, x, abar, ORACLE.ts, **options)
+    target = torch.zeros(1), torch.full((1, 1), ORACLE.s**2)
+    return distances.frechet(distances.moments(x), target, ridge=1e-9)
+
+
+def truth(f=exact, seed=0):
+    q = Q.clone().requires_grad_()
+    return torch.autograd.grad(f(q, seed), q)[0]
+
+
+def test_coordinates_forward_and_reverse_are_exact():
+    for f, seed in ((exact, 0), (sampled, 3)):
+        grad = truth(f, seed)
+        for found in (
+            estimators.q_grad_coordinates(f, Q, seed=seed, delta=1e-5)[0],
+            estimators.q_grad_forward(f, Q, seed=seed)[0],
+            estimators.q_grad_reverse(f, Q, seed=seed)[0],
+        ):
+            torch.testing.assert_close(found, grad, atol=1e-8, rtol=1e-6)
+
+
+def test_a_sampled_gradient_has_the_mean_of_the_exact_one():
+    """As n grows the Frechet distance of samples tends to (|G| - s)^2, and so does its pathwise gradient."""
+    found = torch.stack([estimators.q_grad_forward(lambda q, s: sampled(q, s, 4000), Q, seed=s)[0] for s in range(30)])
+    error = found.std(0) / 30**0.5
+    assert ((found.mean(0) - truth()).abs() < 4 * error + 0.02 * truth().abs()).all()
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_random_directions_are_unbiased(common):
+    options = {"delta": 1e-3, "directions": 1000, "common": common}
+    grad, info = estimators.q_grad_two_point(exact, Q, seed=1, **options)
+    assert ((grad - truth()).abs() < 4 * info["se"]).all() and info["calls"] == 2000
+    assert info["f"] == pytest.approx(exact(Q).item(), rel=0.05)
+
+
+def test_lengths_by_coordinate_keep_the_estimate_unbiased():
+    grad, info = estimators.q_grad_two_point(
+        exact, Q, seed=2, delta=torch.tensor([1e-3, 2e-3, 5e-3, 1e-4]).double(), directions=1000
+    )
+    assert ((grad - truth()).abs() < 4 * info["se"]).all()
+
+
+def test_one_direction_is_never_precise_and_coordinates_are():
+    draws = torch.stack([estimators.q_grad_two_point(exact, Q, seed=s, delta=1e-3)[0] for s in range(400)])
+    assert (draws.mean(0).abs() / draws.std(0) < 0.85).all()
+
+
+def test_common_random_numbers_decide():
+    spread = {}
+    for common in (True, False):
+        draws = [estimators.q_grad_coordinates(sampled, Q, seed=100 * s, common=common)[0] for s in range(50)]
+        spread[common] = torch.stack(draws).std(0)
+    assert (spread[False] > 5 * spread[True]).all()
+
+
+def test_one_point_is_unbiased_whatever_it_is_centred_on():
+    for previous in (exact(Q).item(), 0.01):
+        draws = torch.stack(
+            [estimators.q_grad_one_point(exact, Q, previous, seed=s, delta=1e-3)[0] for s in range(3000)]
+        )
+        error = draws.std(0) / 3000**0.5
+        assert ((draws.mean(0) - truth()).abs() < 4 * error).all()
+    _, info = estimators.q_grad_one_point(exact, Q, 0.0, seed=1)
+    assert info["calls"] == 1 and math.isfinite(info["f"])
+
+
+def test_truncation_is_biased_and_checkpoints_change_nothing():
+    steps = len(ORACLE.ts)
+    whole = truth(sampled, 3)
+
+    def cut(k, **options):
+        f = lambda q, seed: sampled(q, seed, grad_steps=k, **options)  # noqa: E731
+        return estimators.q_grad_reverse(f, Q, seed=3)[0]
+
+    torch.testing.assert_close(cut(steps), whole)
+    torch.testing.assert_close(cut(steps + 5), whole)
+    assert (cut(2) - whole).abs().max() > 1e-3 * whole.abs().max()
+
+    weight = A.clone().requires_grad_()
+
+    def loss(**options):
+        x = torch.randn(16, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = samplers.sample_ddim(lambda x, t: weight[t - 1] * x, x, ORACLE.abar(Q), ORACLE.ts, **options)
+        return torch.autograd.grad(x.square().sum(), weight)[0]
+
+    torch.testing.assert_close(loss(checkpoint=True), loss())
+    truncated = loss(grad_steps=3, checkpoint=True)
+    assert truncated.count_nonzero() == 3 and torch.equal(truncated[:15].nonzero(), loss()[:15].nonzero())
+
+
+def test_penalty_gradient_by_gamma_is_the_published_table():
+    q = torch.tensor([0.0, 1.0, 1.0, 0.008], dtype=torch.float64)
+    rows = {1e4: (0.0011, -0.0168, -0.0005, 0.0011), 1e8: (0.0233, 0.0072, 0.0038, 0.0231)}
+    for gamma, row in rows.items():
+        star, tilted = ORACLE.solve_star(q).detach(), ORACLE.solve_gamma(q, gamma)
+        grad, _ = estimators.penalty_grad(ORACLE, q, star, tilted, gamma)
+        torch.testing.assert_close(grad, torch.tensor(row, dtype=torch.float64), atol=6e-5, rtol=0)
+
+
+def test_bad_input():
+    for estimate in (estimators.q_grad_two_point, estimators.q_grad_coordinates):
+        for delta in (0.0, -1.0, math.nan, torch.ones(3)):
+            with pytest.raises(ValueError, match=r"delta = .* must be positive, one number or one for each of 4"):
+                estimate(exact, Q, seed=0, delta=delta)
+        with pytest.raises(FloatingPointError, match=r"f = nan at q = .*: lower delta, or project q with a margin"):
+            estimate(lambda q, seed: q.sum() * math.nan, Q, seed=0)
+    with pytest.raises(ValueError, match="directions = 0 must be at least 1"):
+        estimators.q_grad_two_point(exact, Q, seed=0, directions=0)
+    with pytest.raises(ValueError, match="previous = nan must be finite"):
+        estimators.q_grad_one_point(exact, Q, math.nan, seed=0)
+    with pytest.raises(ValueError, match="grad_steps = 0 must be at least 1"):
+        sampled(Q, 0, grad_steps=0)
