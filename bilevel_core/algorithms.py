@@ -184,6 +184,7 @@ def learn_lam(
     steps: int = 50,
     draw: Callable[[float, int], TiltSamples] | None = None,
     min_ess: float = estimators.MIN_ESS,
+    rounds: int | None = None,
     bounds: tuple[float, float] = (1e-4, 1e4),
     stop: float = 0.1,
     tol: float = 1e-4,
@@ -197,12 +198,13 @@ def learn_lam(
     step       step size for dL/dlog lam, or a rule (last step of Algorithm 1, gradient) -> the decrease of log lam
     draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
                particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
+    rounds     how often to draw at most; where lam would then move out of reach, the loop ends. None: no limit
     stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
                log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
     resume     continue after this record, as if never stopped
     Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
-    or infinity, or beyond the samples; None after `steps`. Raises ValueError for a bad lam, gamma or samples, or if
-    min_ess is out of reach.
+    or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. Raises ValueError for a bad lam,
+    gamma or samples, or if min_ess is out of reach.
     """
     if not 0 < bounds[0] <= lam <= bounds[1] < float("inf"):
         raise ValueError(f"lam = {lam} must be positive and lie within bounds = {bounds}")
@@ -242,6 +244,10 @@ def learn_lam(
             done = f"converged at lam = {lam:.4g}"
         if callable(gamma) and gamma(outer.k + 1) != outer.gamma:
             done = None
+        if draw and rounds is not None and now.round >= rounds:
+            next_lam = outer.x_next.exp().item()
+            if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now)):
+                done = done or f"draws used up at lam = {lam:.4g}"
         r_up, r_low = now.r_up.to(p), now.r_low.to(p)
         up, up_se = (p @ r_up).item(), (p * (r_up - p @ r_up)).norm().item()
         measured = (up, up_se, (p @ r_low).item(), tilted["kl"], ess, now.cost, now.round)

@@ -221,7 +221,7 @@ def test_a_race_is_kept_in_pieces_and_goes_on(shipped, study):
     # half a fold of plain samples (three steps of two passes), then guided particles, whose last step is plain
     for row in ours:
         extra = row["cost"] - 65 * 6
-        assert extra >= 0 and extra % (20 * 2 * (3 + 2)) == 0
+        assert extra in (0, 20 * 2 * (3 + 2))  # one round is all that 390 forwards allow
     pieces = sorted(folder.glob("race_*.json"))
     assert len(pieces) == 2
     pieces[1].unlink()  # killed before the second seed

@@ -156,6 +156,17 @@ def test_resume_is_bit_for_bit():
 # ---------------------------------------------------------------- the boundary, steps, bad input
 
 
+def test_draws_are_limited():
+    free = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt()))
+    assert free[-1].round > 1
+    for rounds in (1, free[-1].round):
+        some = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt(), rounds=rounds))
+        assert some[-1].round <= rounds and [s.lam for s in some] == [s.lam for s in free[: len(some)]]
+    assert some[-1].done == free[-1].done
+    one = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt(), rounds=1))[-1]
+    assert one.done.startswith("draws used up at lam") or one.done.startswith("converged")
+
+
 def test_an_optimum_at_the_boundary_is_an_outcome():
     samples = plain(5_000)
     conflict = algorithms.TiltSamples(-samples.r_low, samples.r_low)

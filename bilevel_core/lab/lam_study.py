@@ -255,13 +255,14 @@ def compare(
     start: float = 1.0,
     draw: Callable[[float, int], TiltSamples] | None = None,
     min_ess: float = estimators.MIN_ESS,
+    rounds: int | None = None,
 ) -> list[dict]:
     """Every method once, on the fold of a seed, all at the cost of that fold: a row each.
 
     trials  of random and Bayesian search and of `adaptive_kl`, which steers to the KL `target`
     draw    (lam, round) -> particles at lam, for Algorithm 2, which then starts from half the fold and spends the other
             half's cost on them. None: it starts from all of the fold and goes no further down than that reaches
-    min_ess  effective sample size that Algorithm 2 asks for
+    min_ess, rounds  effective sample size that Algorithm 2 asks for, and how often it may draw
     Rows: method, lam, weight, cost, trials, said, what the lambda is worth on the other folds, "regret" to the best
     lambda there, and "path": [cost so far, lambda, weight] after each trial, of what the method would return by then.
     """
@@ -275,7 +276,9 @@ def compare(
         return baselines.plan(budget, guided, count)[1]
 
     methods = [
-        lambda: baselines.algorithm_2(half if draw else samples, start, bounds, draw=draw, min_ess=min_ess),
+        lambda: baselines.algorithm_2(
+            half if draw else samples, start, bounds, draw=draw, min_ess=min_ess, rounds=rounds
+        ),
         lambda: baselines.reweighted_curve(samples, bounds),
         lambda: baselines.reweighted_bayesian(samples, seed, trials, bounds),
         lambda: baselines.none(rest.draws, max(2, budget // whole.each // 10), seed),
@@ -368,14 +371,17 @@ def race(
     folder: Path,
     device: torch.device | str = "cpu",
 ) -> list[dict]:
-    """`compare` for each seed, Algorithm 2 with `draws` fresh particles wherever its samples do not reach.
+    """`compare` for each seed, Algorithm 2 with `draws` fresh particles wherever its samples do not reach, as often as
+    half of its budget allows.
 
     A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed".
     """
     whole, rows = material.bank(low), []
     mean, sd = rewards.scale(material.drawn[low])
     config = {"prompt": prompt, "low": low, "n": len(whole.r_up), "lams": list(whole.sharp), "seeds": seeds}
-    config |= {"draws": draws, "trials": trials, "target": target} | _about()
+    each = 2 * (2 * chain.steps - 1)  # of a particle: guided steps cost twice a plain one, and the last is plain
+    rounds = len(whole.r_up) // seeds // 2 * whole.each // (draws * each)
+    config |= {"draws": draws, "rounds": rounds, "trials": trials, "target": target} | _about()
     for seed in range(seeds):
 
         def fresh(lam: float, round: int, seed: int = seed) -> TiltSamples:
@@ -386,7 +392,8 @@ def race(
 
         def compute(seed: int = seed, fresh: Callable = fresh) -> dict:
             min_ess = min(estimators.MIN_ESS, draws / 2)
-            return {"rows": compare(whole, seeds, seed, trials=trials, target=target, draw=fresh, min_ess=min_ess)}
+            options = {"trials": trials, "target": target, "draw": fresh, "min_ess": min_ess, "rounds": rounds}
+            return {"rows": compare(whole, seeds, seed, **options)}
 
         path = folder / f"race_{prompt.replace(' ', '_')}_{low}_{seed}.json"
         found = piece(path, config | {"seed": seed}, compute)["rows"]
