@@ -117,6 +117,39 @@ def per_sample(abar_t: Tensor | float, x: Tensor) -> Tensor:
     return a.reshape(a.shape + (1,) * (x.dim() - 1)) if a.dim() else a
 
 
+FREE = {"cosine": (0, 1, 2), "sigmoid": (0, 1), "linear": (0, 1)}  # the others are redundant: see `reduce`
+
+
+def reduce(q: Tensor, kind: str = "cosine") -> Tensor:
+    """Coordinates without redundancy: `FREE` of NAMES, once the other parameters are at their values in DEFAULT_Q.
+
+    The four parameters are not independent: epsilon only shifts the window of the cosine (rank 3), tau and epsilon only
+    shift and stretch that of the sigmoid (rank 2), and of the linear schedule (rank 2). q (4,) and `expand(reduce(q))`
+    give the same abar. Returns (3,) or (2,), differentiable; start may come out a little below its bound.
+    """
+    start, end, tau, epsilon = q.double().unbind()
+    *_, tau_0, epsilon_0 = DEFAULT_Q[_known(kind)]
+    if kind == "cosine":
+        low, high = ((w + epsilon) / (1 + epsilon) * (1 + epsilon_0) - epsilon_0 for w in (start, end))
+        return torch.stack([low, high, tau])
+    if kind == "sigmoid":
+        return torch.stack([1 - tau_0 * ((1 - w) / tau + epsilon - epsilon_0) for w in (start, end)])
+    # log F along v = a + u d, up to a constant: -tau d (0.1 + 19.9 a) u - 9.95 tau d^2 u^2
+    a, d = (start + epsilon) / (1 + epsilon), (end - start) / (1 + epsilon)
+    length = d * (tau / tau_0).sqrt()
+    low = (tau * d * (0.1 + 19.9 * a) / (tau_0 * length) - 0.1) / 19.9
+    return torch.stack([low, low + length]) * (1 + epsilon_0) - epsilon_0
+
+
+def expand(z: Tensor, kind: str = "cosine") -> Tensor:
+    """q (4,) float64 from the coordinates z of `reduce`, differentiable. Raises ValueError for a wrong shape."""
+    free = FREE[_known(kind)]
+    if z.shape != (len(free),):
+        raise ValueError(f"z has shape {tuple(z.shape)}; for the {kind} schedule it must be ({len(free)},)")
+    rest = torch.tensor(DEFAULT_Q[kind][len(free) :], dtype=torch.float64, device=z.device)
+    return torch.cat([z.double(), rest])
+
+
 def check(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> None:
     """Raises ValueError, naming parameter, value and range, unless q is admissible.
 
@@ -191,9 +224,14 @@ def rescale_terminal(abar: Tensor, last: float = 1e-5) -> Tensor:
     return (last**0.5 + (root - root[-1]) * slope).square()
 
 
-def _check_names(T: int, kind: str, form: str) -> None:
+def _known(kind: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    return kind
+
+
+def _check_names(T: int, kind: str, form: str) -> None:
+    _known(kind)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
     if not isinstance(T, int) or T < 2:

@@ -183,3 +183,35 @@ def test_diffusers_round_trip(kind):
     torch.testing.assert_close(adapters.from_diffusers(bare)[1:].float(), bare.alphas_cumprod, rtol=1e-4, atol=0)
     with pytest.raises(ValueError, match="no table of betas"):
         adapters.from_diffusers(object())
+
+
+@pytest.mark.parametrize("form", schedules.FORMS)
+@pytest.mark.parametrize("kind", schedules.KINDS)
+def test_coordinates_without_redundancy_are_the_same_schedule(kind, form):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        q = torch.tensor(schedules.DEFAULT_Q[kind], dtype=torch.float64)
+        q = q + torch.tensor([0.2, -0.2, 0.5, 0.1]) * torch.rand(4, generator=g, dtype=torch.float64)
+        z = schedules.reduce(q, kind)
+        again = schedules.expand(z, kind)
+        torch.testing.assert_close(schedules.abar(again, 40, kind, form), schedules.abar(q, 40, kind, form))
+        torch.testing.assert_close(schedules.reduce(again, kind), z)
+        jacobian = torch.func.jacrev(lambda z: schedules.abar(schedules.expand(z, kind), 40, kind, form))(z)
+        assert torch.linalg.matrix_rank(jacobian, rtol=1e-9) == len(schedules.FREE[kind]) == len(z)
+    default = torch.tensor(schedules.DEFAULT_Q[kind], dtype=torch.float64)
+    torch.testing.assert_close(schedules.expand(schedules.reduce(default, kind), kind), default)
+
+
+def test_four_parameters_have_the_rank_of_their_coordinates():
+    for kind, free in schedules.FREE.items():
+        q = torch.tensor(schedules.DEFAULT_Q[kind], dtype=torch.float64) + torch.tensor([0.1, -0.1, 0.2, 0.05])
+        jacobian = torch.func.jacrev(lambda q, kind=kind: schedules.abar(q, 40, kind))(q)
+        assert torch.linalg.matrix_rank(jacobian, rtol=1e-9) == len(free)
+
+
+def test_coordinates_refuse_what_they_cannot_read():
+    with pytest.raises(ValueError, match=r"z has shape \(4,\); for the cosine schedule it must be \(3,\)"):
+        schedules.expand(torch.zeros(4))
+    for function in (schedules.reduce, schedules.expand):
+        with pytest.raises(ValueError, match="kind is 'quadratic'"):
+            function(torch.zeros(4), "quadratic")
