@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel_core import algorithms
-from bilevel_core.lab import baselines, captions, clip, finetuning, lam_study, networks, text_models
+from bilevel_core.lab import baselines, captions, clip, finetuning, lam_study, networks, runs, text_models
 
 A, B = 1.2, 0.5  # r_up = A r_low - B r_low^2 + noise: under the tilt r_low ~ N(1/lam, 1), so lam* = 2 B/A
 OPTIMUM = 2 * B / A
@@ -173,6 +173,9 @@ def test_particles_are_drawn_once_and_count_their_cost(chain, tmp_path, low):
     assert torch.equal(lam_study.particles(chain, "a two", low, 0.5, 6, 1, **options)[low], found[low])
     assert path.stat().st_mtime_ns == stamp
     assert found["log_z"].shape == ()
+    unkept = lam_study.particles(chain, "a two", low, 0.5, 6, 1, **(options | {"folder": None}))
+    assert unkept.keys() == found.keys() and all(torch.equal(unkept[key], found[key]) for key in found)
+    assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="was made with other sd; delete it or use another work_dir"):
         lam_study.particles(chain, "a two", low, 0.5, 6, 1, **(options | {"sd": 0.6}))
     drawn = {"clip": torch.randn(50), low: torch.randn(50), "cost": torch.tensor(200)}
@@ -192,9 +195,12 @@ def test_p_0_hears_all_but_the_thickness():
 
 
 def test_prompts_are_captions_and_validation_is_kept_apart():
-    assert not set(lam_study.TEST) & set(lam_study.VALIDATION)
-    for prompt in (*lam_study.TEST, *lam_study.VALIDATION):
-        assert prompt in captions.CAPTIONS
+    everything = lam_study.prompts("all")
+    assert len(everything) == 10 * 3 * 4 - len(lam_study.VALIDATION)  # digits, thicknesses, slants or none
+    assert set(lam_study.TEST) < set(everything) and not set(everything) & set(lam_study.VALIDATION)
+    assert all(lam_study.heard(prompt) != prompt for prompt in everything)
+    assert lam_study.prompts("test") == lam_study.TEST and lam_study.prompts("one") == lam_study.TEST[:1]
+    assert set(lam_study.VALIDATION) < set(captions.CAPTIONS)
 
 
 SMALL = {"n": 260, "lams": (0.3, 1.0), "count": 20, "seed": 0}
@@ -264,6 +270,10 @@ def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
         assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8 and len(images.unique(dim=0)) == 3
     drawn = materials["a bold two"].drawn["images"]
     assert all((drawn == image).flatten(1).all(1).any() for image in pictures["a bold two", math.inf])
+    tensors, meta = runs.load_state(path)
+    runs.save_state(tmp_path / "old.safetensors", tensors, {k: v for k, v in meta.items() if k != "prompts"})
+    with pytest.raises(ValueError, match=r"old.safetensors was made with other prompts: run the recorded profile"):
+        lam_study.restore(tmp_path / "old.safetensors")
     monkeypatch.setattr(lam_study, "_about", lambda: {"clip": "another hash"})
     with pytest.raises(ValueError, match=r"rewards.safetensors was made with other clip: run the recorded profile"):
         lam_study.restore(path)

@@ -40,7 +40,15 @@ LOW = ("boldness", "resnet")
 MIN_ESS = 500.0  # below it a reweighted mean is not called the truth
 TEMPER = 1.0  # of the particles' potentials: `guidance.LookAhead`
 KL_TARGET = 0.5  # of adaptive control; see `validate`
+KL_TARGETS = (0.03, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # that `validate` compares
 WEIGHTS = (0.0, 0.1, 0.3, 1.0)  # of the upper reward, in its standard deviations, in the weighted sum
+SLIDER_LAMS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)  # at which pictures are kept
+
+
+def prompts(which: str) -> tuple[str, ...]:
+    """Prompts to report on: "one" or all of TEST, or "all" that name a thickness and are not in VALIDATION."""
+    told = (text for text, place in captions.CAPTIONS.items() if place[1] != captions.ABSENT)
+    return {"one": TEST[:1], "test": TEST, "all": tuple(text for text in told if text not in VALIDATION)}[which]
 
 
 def heard(prompt: str) -> str:
@@ -74,47 +82,45 @@ def particles(
     *,
     mean: float,
     sd: float,
-    folder: Path,
+    folder: Path | None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """n guided particles of p_0 tilted by (r_low - mean)/(lam sd), drawn once and kept in `folder`.
+    """n guided particles of p_0 tilted by (r_low - mean)/(lam sd), drawn once and kept in `folder` (None: not kept).
 
     low  a name of LOW;  mean, sd: of that reward under p_0, which standardise it
     Returns "clip" and r_low under the name `low` (n,), as they come; "log_w" (n,); "log_z" (); "images" (n, 1, 28, 28)
     uint8; and "cost" (), in image forwards. Raises ValueError where the file was made otherwise, naming what differs.
     """
-    config = {
-        "prompt": prompt,
-        "low": low,
-        "lam": lam,
-        "n": n,
-        "seed": seed,
-        "mean": mean,
-        "sd": sd,
-        "temper": 1.0,
-    } | _about()
-    config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
-    path = folder / f"{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.safetensors"
-    if not path.exists():
-        reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
-        generator = torch.Generator(device).manual_seed(seed)
-        meter = CostMeter(chain.denoise(heard(prompt)))
-        guide = LookAhead(
-            meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts, temper=TEMPER
-        )
-        x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
-        with torch.no_grad():
-            x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
-            x = x.clamp(-1, 1)
-            found = {"clip": up(x), low: reward(x), "log_w": log_w, "log_z": torch.tensor(info["log_z"]).double()}
-        found["images"] = ((x + 1) * 127.5).round().to(torch.uint8)
-        tensors = {name: value.cpu().contiguous() for name, value in found.items()}
+    config = {"prompt": prompt, "low": low, "lam": lam, "n": n, "seed": seed, "mean": mean, "sd": sd, "temper": TEMPER}
+    config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta} | _about()
+    path = folder and folder / f"{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.safetensors"
+    if path and path.exists():
+        tensors, found = runs.load_state(path)
+        changed = [key for key in config if found.get(key) != config[key]]
+        if changed:
+            raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+        return tensors | {"cost": tensors["cost"][0]}
+    reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
+    generator = torch.Generator(device).manual_seed(seed)
+    meter = CostMeter(chain.denoise(heard(prompt)))
+    guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts, temper=TEMPER)
+    x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
+    with torch.no_grad():
+        x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
+        x = x.clamp(-1, 1)
+        found = {"clip": up(x), low: reward(x), "log_w": log_w, "log_z": torch.tensor(info["log_z"]).double()}
+    found["images"] = ((x + 1) * 127.5).round().to(torch.uint8)
+    tensors = {name: value.cpu().contiguous() for name, value in found.items()}
+    if path:
         runs.save_state(path, tensors | {"cost": torch.tensor([meter.cost])}, config)
-    tensors, found = runs.load_state(path)
-    changed = [key for key in config if found.get(key) != config[key]]
-    if changed:
-        raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
-    return tensors | {"cost": tensors["cost"][0]}
+    return tensors | {"cost": torch.tensor(meter.cost)}
+
+
+def weighted_back(found: Mapping[str, Tensor], low: str, lam: float, mean: float, sd: float) -> TiltSamples:
+    """What `particles` returned at lam as samples that stand for p_0, the lower reward standardised."""
+    r_low, log_z = (found[low].double() - mean) / sd, float(found["log_z"])
+    cost = int(found.get("cost", 0))
+    return TiltSamples.from_tilt(found["clip"].double(), r_low, lam, found["log_w"], log_z, cost)
 
 
 def _about() -> dict[str, object]:
@@ -140,15 +146,9 @@ class Bank:
     def of(cls, drawn: Mapping[str, Tensor], low: str, sharp: Mapping[float, Mapping[str, Tensor]] | None = None):
         """From what `draw` and `particles` returned, the lower reward standardised under p_0."""
         mean, sd = rewards.scale(drawn[low])
-        tilted = {}
-        for lam, found in sorted((sharp or {}).items()):
-            r_low = (found[low].double() - mean) / sd
-            tilted[lam] = TiltSamples.from_tilt(
-                found["clip"].double(), r_low, lam, found["log_w"], float(found["log_z"])
-            )
-        return cls(
-            drawn["clip"].double(), (drawn[low].double() - mean) / sd, int(drawn["cost"]) // len(drawn["clip"]), tilted
-        )
+        tilted = {lam: weighted_back(found, low, lam, mean, sd) for lam, found in sorted((sharp or {}).items())}
+        each = int(drawn["cost"]) // len(drawn["clip"])
+        return cls(drawn["clip"].double(), (drawn[low].double() - mean) / sd, each, tilted)
 
     def folds(self, seeds: int, seed: int) -> tuple[Bank, Bank]:
         """The fold of a seed, and the rest."""
@@ -387,8 +387,7 @@ def race(
         def fresh(lam: float, round: int, seed: int = seed) -> TiltSamples:
             options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
             drawn = particles(chain, prompt, low, lam, draws, 1000 * (seed + 1) + round, **options)
-            r_low, log_z = (drawn[low].double() - mean) / sd, float(drawn["log_z"])
-            return TiltSamples.from_tilt(drawn["clip"].double(), r_low, lam, drawn["log_w"], log_z, int(drawn["cost"]))
+            return weighted_back(drawn, low, lam, mean, sd)
 
         def compute(seed: int = seed, fresh: Callable = fresh) -> dict:
             min_ess = min(estimators.MIN_ESS, draws / 2)
@@ -450,9 +449,6 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
     return report
 
 
-SLIDER_LAMS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)
-
-
 def picture(material: Material, low: str, lam: float, k: int, seed: int = 0) -> Tensor:
     """k different images (k, 1, 28, 28) uint8 of the law at lam, drawn without replacement by their weights."""
     p = material.bank(low).law(lam)["p"].clamp(min=1e-30)  # where fewer than k have weight, the next best
@@ -483,7 +479,7 @@ def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Te
     Raises ValueError if they were made with other weights or rewards than these, naming what differs.
     """
     tensors, about = runs.load_state(path)
-    changed = [key for key in _about() if about.get(key) != _about()[key]]
+    changed = [key for key in _about() if about.get(key) != _about()[key]] or ["prompts"] * ("prompts" not in about)
     if changed:
         raise ValueError(f"{path.name} was made with other {', '.join(changed)}: run the recorded profile again")
     materials = {prompt: Material({}, {low: {} for low in LOW}) for prompt in about["prompts"]}
@@ -499,9 +495,6 @@ def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Te
             low, lam, key = rest
             material.sharp[low].setdefault(float(lam), {})[key] = tensor[0] if key == "log_z" else tensor
     return materials, pictures
-
-
-KL_TARGETS = (0.03, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 def validate(materials: Mapping[str, Material]) -> dict[str, object]:

@@ -46,8 +46,8 @@ def image_grid(
     images: Tensor, columns: int, *, rows: Sequence[str] = (), titles: Sequence[str] = (), scale: float = 0.75
 ) -> Figure:
     """Grey images (n, 1, H, W) in [-1, 1], row by row, with names of rows on the left and of columns on top."""
-    count = -(-len(images) // columns)
-    figure, axes = plt.subplots(count, columns, figsize=(scale * columns + 0.9 * bool(rows), scale * count + 0.3))
+    count, margin = -(-len(images) // columns), 0.1 + 0.08 * max(map(len, rows), default=0)
+    figure, axes = plt.subplots(count, columns, figsize=(scale * columns + margin, scale * count + 0.3))
     for i, axis in enumerate(np.atleast_1d(axes).flat):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
