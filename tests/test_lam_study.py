@@ -1,5 +1,6 @@
 """Every method at one budget, where the answer is known: r_low is Gaussian and r_up a parabola of it."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -57,9 +58,10 @@ def particles(lam, n=2000, seed=1, cost=0):
 
 
 def test_particles_stand_in_where_reweighting_ends():
-    sharp = {lam: particles(lam) for lam in (0.15, 0.2, 0.3, 0.5, 5.0)}
-    wrong = {lam: replace(s, log_w=s.log_w + 7 / lam) for lam, s in sharp.items()}  # their own Z is not believed
-    for found in ({lam: bank(sharp=kept).worth(lam) for lam in (0.15, 0.16, 0.3, 0.35)} for kept in (sharp, wrong)):
+    sharp = {(lam, 0): particles(lam) for lam in (0.15, 0.2, 0.3, 0.5, 5.0)}
+    wrong = {key: replace(s, log_w=s.log_w + 7 / key[0]) for key, s in sharp.items()}  # their own Z is not believed
+    twice = {(lam, run): particles(lam, 1000, 1 + run) for lam, _ in sharp for run in (0, 1)}
+    for found in ({lam: bank(sharp=s).worth(lam) for lam in (0.15, 0.16, 0.3, 0.35)} for s in (sharp, wrong, twice)):
         for lam, worth in found.items():
             assert worth["how"] == "particles" and worth["ess"] > 300
             assert abs(worth["up"] - value(lam)) < 4 * worth["up_se"] + 0.02 * abs(value(lam))
@@ -73,7 +75,7 @@ def test_a_far_corner_is_not_taken_for_the_law():
     """Particles at a small lambda that sit far off with equal rewards have a full effective sample size everywhere."""
     far = torch.full((500,), 40.0, dtype=torch.float64)
     corner = algorithms.TiltSamples.from_tilt(far, far, 0.05, torch.full((500,), -math.log(500)).double(), 300.0)
-    found = bank(sharp={0.05: corner, 0.5: particles(0.5)}).worth(0.45)
+    found = bank(sharp={(0.05, 0): corner, (0.5, 0): particles(0.5)}).worth(0.45)
     assert abs(found["up"] - value(0.45)) < 4 * found["up_se"] + 0.05
 
 
@@ -86,7 +88,8 @@ def test_algorithm_2_draws_particles_within_its_budget():
         found = particles(lam, 200, round, 200 * 20 * 2)
         return replace(found, r_up=found.r_up + 4.8 * found.r_low)
 
-    sharp = {lam: replace(s, r_up=s.r_up + 4.8 * s.r_low) for lam in (0.1, 0.15, 0.2, 0.3) for s in [particles(lam)]}
+    found = {(lam, 0): particles(lam) for lam in (0.1, 0.15, 0.2, 0.3)}
+    sharp = {key: replace(s, r_up=s.r_up + 4.8 * s.r_low) for key, s in found.items()}
     rows = lam_study.compare(replace(whole, sharp=sharp), 5, 0, trials=8, target=18.0, draw=draw)
     ours, curve = rows[0], rows[1]
     assert ours["lam"] == pytest.approx(1 / 6, rel=0.15) and ours["regret"] < 0.3
@@ -102,6 +105,26 @@ def test_draws_are_independent_priced_and_repeatable():
     means = torch.tensor([whole.draws(1.0, 500, seed).mean for seed in range(200)])
     assert abs(means.mean() - whole.worth(1.0)["up"]) < 4 * means.std() / 200**0.5
     assert means.std() == pytest.approx(a.se, rel=0.25)
+
+
+def test_what_marks_a_lambda_is_not_what_it_was_chosen_by(study):
+    folder, materials, rows = study
+    material = materials["a bold two"]
+    assert {run for _, run in material.runs("boldness", "first")} == {0}
+    assert {run for _, run in material.runs("boldness", "other")} == {1}
+    chosen = [row for path in sorted(folder.glob("race_*.json")) for row in json.loads(path.read_text())["rows"]]
+    marking = material.bank("boldness", "other")
+    for before, row in zip(chosen, rows, strict=True):
+        assert (before["method"], before["lam"], before["path"]) == (row["method"], row["lam"], row["path"])
+        rest = marking.folds(2, row["seed"])[1]
+        lam = math.inf if row["lam"] is None else row["lam"]
+        assert row["up"] == rest.worth(lam, row["weight"])["up"]
+        best = max(rest.worth(lam)["up"] for lam in lam_study.candidates(rest))
+        assert row["regret"] == pytest.approx(best - row["up"])
+    moved = [before["up"] != row["up"] for before, row in zip(chosen, rows, strict=True)]
+    assert any(moved)  # other particles, other numbers
+    images = material.images("boldness", "other")
+    assert len(images) == 260 + 2 * 20 and len(material.images("boldness")) == 260 + 4 * 20
 
 
 def test_folds_share_nothing():
@@ -179,8 +202,8 @@ def test_particles_are_drawn_once_and_count_their_cost(chain, tmp_path, low):
     with pytest.raises(ValueError, match="was made with other sd; delete it or use another work_dir"):
         lam_study.particles(chain, "a two", low, 0.5, 6, 1, **(options | {"sd": 0.6}))
     drawn = {"clip": torch.randn(50), low: torch.randn(50), "cost": torch.tensor(200)}
-    whole = lam_study.Bank.of(drawn, low, {0.5: found})
-    samples, mean, sd = whole.sharp[0.5], drawn[low].double().mean(), drawn[low].double().std()
+    whole = lam_study.Bank.of(drawn, low, {(0.5, 0): found})
+    samples, mean, sd = whole.sharp[0.5, 0], drawn[low].double().mean(), drawn[low].double().std()
     torch.testing.assert_close(samples.r_low, (found[low].double() - mean) / sd)
     assert torch.equal(samples.r_up, found["clip"].double())
     torch.testing.assert_close(samples.tilt(0.5)[0], found["log_w"].softmax(0))
@@ -203,7 +226,7 @@ def test_prompts_are_captions_and_validation_is_kept_apart():
     assert set(lam_study.VALIDATION) < set(captions.CAPTIONS)
 
 
-SMALL = {"n": 260, "lams": (0.3, 1.0), "count": 20, "seed": 0}
+SMALL = {"n": 260, "lams": (0.3, 1.0), "count": 20, "runs": 1, "seed": 0}
 RACE = {"seeds": 2, "draws": 20, "trials": 5, "target": 0.5}
 
 
@@ -261,10 +284,11 @@ def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
     lam_study.store(path, materials, pictures=3)
     back, pictures = lam_study.restore(path)
     for low in lam_study.LOW:
-        ours, theirs = materials["a bold two"].bank(low), back["a bold two"].bank(low)
-        for lam in (0.3, 0.9, 5.0, math.inf):
-            assert ours.worth(lam) == theirs.worth(lam)
-        assert ours.each == theirs.each
+        for which in ("all", "first", "other"):
+            ours, theirs = (found["a bold two"].bank(low, which) for found in (materials, back))
+            for lam in (0.3, 0.9, 5.0, math.inf):
+                assert ours.worth(lam) == theirs.worth(lam)
+            assert ours.each == theirs.each
     assert set(pictures) == {("a bold two", lam) for lam in lam_study.SLIDER_LAMS}
     for images in pictures.values():
         assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8 and len(images.unique(dim=0)) == 3
@@ -280,7 +304,7 @@ def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
 
 
 def test_the_divergence_aimed_at_is_the_best_on_validation():
-    whole = bank(4000, sharp={lam: particles(lam) for lam in (0.1, 0.2, 0.4)})
+    whole = bank(4000, sharp={(lam, 0): particles(lam) for lam in (0.1, 0.2, 0.4)})
     # the tilt is Gaussian, so a divergence of t is at lam = (2 t)^(-1/2); the optimum, 0.72, lies between two targets
     up, sd = whole.r_up.mean().item(), whole.r_up.std().item()
 

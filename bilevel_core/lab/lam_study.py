@@ -7,10 +7,11 @@ follows the CLIP score of "a bold three" more closely (correlation 0.90 against 
 heard the whole prompt, was dropped: no lambda moved the CLIP score by more than a fraction of its standard deviation,
 for it is as high as it gets. TEST prompts are drawn once.
 
-A prompt has n samples of p_0, in as many folds as there are seeds. The methods that reweight get a fold. A method that
-draws at a lambda gets draws from the exact law, at the price of Algorithm 5: rows of the other folds, resampled. That
-favours it, for guidance draws from a biased law. What a lambda is worth is measured on the other folds too, so that no
-method is marked on samples it chose by.
+A prompt has n samples of p_0, in as many folds as there are seeds, and at a few small lambda independent runs of
+particles. The methods that reweight get a fold. A method that draws at a lambda gets rows of the other folds and of run
+0, resampled, at the price of Algorithm 5. That favours it, for guidance draws from a biased law. What a lambda is worth
+is measured by the other folds and the other runs (`mark`), so that no method is marked on particles it chose by: those
+of one run share their ancestors, and at small lambda they are a single family.
 """
 
 from __future__ import annotations
@@ -134,19 +135,19 @@ class Bank:
     """Rewards of n samples of p_0 for a prompt.
 
     r_up (n,) in CLIP points; r_low (n,) in its standard deviations; each: cost of one sample in image forwards
-    sharp  particles at some small lam, where samples of p_0 do not reach: lam -> samples weighted back to p_0
+    sharp  particles at some small lam, where samples of p_0 do not reach: (lam, run) -> samples weighted back to p_0
     """
 
     r_up: Tensor
     r_low: Tensor
     each: int
-    sharp: Mapping[float, TiltSamples]
+    sharp: Mapping[tuple[float, int], TiltSamples]
 
     @classmethod
-    def of(cls, drawn: Mapping[str, Tensor], low: str, sharp: Mapping[float, Mapping[str, Tensor]] | None = None):
+    def of(cls, drawn: Mapping[str, Tensor], low: str, sharp: Sharp | None = None):
         """From what `draw` and `particles` returned, the lower reward standardised under p_0."""
         mean, sd = rewards.scale(drawn[low])
-        tilted = {lam: weighted_back(found, low, lam, mean, sd) for lam, found in sorted((sharp or {}).items())}
+        tilted = {key: weighted_back(sharp[key], low, key[0], mean, sd) for key in sorted(sharp or {})}
         each = int(drawn["cost"]) // len(drawn["clip"])
         return cls(drawn["clip"].double(), (drawn[low].double() - mean) / sd, each, tilted)
 
@@ -166,19 +167,23 @@ class Bank:
         Each by one over the density of the mixture of the laws they came from (multistate reweighting, Shirts & Chodera
         2008, arXiv:0801.1426), whose constants Z, relative to p_0, minimise a convex function. Unlike the effective
         sample size of one set, this cannot mistake a far corner, where particles at a small lambda sit with nearly even
-        weights at every other lambda, for the law itself; nor does it need the particles' own estimates of Z. Where
-        neighbouring laws do not overlap, Z and so the divergence are rough, the means are not.
+        weights at every other lambda, for the law itself; between different lambda it does not need the particles' own
+        estimates of Z. Where neighbouring laws do not overlap, Z and so the divergence are rough, the means are not.
         """
         from scipy.optimize import minimize
 
-        parts = list(self.sharp.values())
-        inverse = torch.tensor([0.0, *(1 / lam for lam in self.sharp)], dtype=torch.float64)
-        sizes = torch.tensor([len(self.r_up), *(len(s.r_up) for s in parts)], dtype=torch.float64)
-        r_up, r_low = (torch.cat([getattr(s, name).double() for s in (self, *parts)]) for name in ("r_up", "r_low"))
-        own = [(s.log_w + s.r_low / lam).softmax(0) * len(s.r_low) for lam, s in self.sharp.items()]
-        count = torch.cat(
-            [torch.ones(len(self.r_up), dtype=torch.float64), *own]
-        )  # how many of its set a row stands for
+        at = sorted({lam for lam, _ in self.sharp})
+        parts = [[s for (lam, _), s in sorted(self.sharp.items()) if lam == here] for here in at]
+        r_up, r_low, log_w = (
+            [torch.cat([getattr(s, name).double() for s in part]) for part in parts]
+            for name in ("r_up", "r_low", "log_w")
+        )
+        inverse = torch.tensor([0.0, *(1 / lam for lam in at)], dtype=torch.float64)
+        sizes = torch.tensor([len(self.r_up), *map(len, r_up)], dtype=torch.float64)
+        # how many of its set a row stands for; runs at one lambda by their estimates of Z, which log_w holds
+        own = [(w + r / lam).softmax(0) * len(r) for lam, r, w in zip(at, r_low, log_w, strict=True)]
+        count = torch.cat([torch.ones(len(self.r_up), dtype=torch.float64), *own])
+        r_up, r_low = torch.cat([self.r_up.double(), *r_up]), torch.cat([self.r_low.double(), *r_low])
         h = inverse[:, None] * r_low
 
         def log_density(log_z: Tensor) -> Tensor:
@@ -309,7 +314,7 @@ def compare(
 
 def candidates(whole: Bank, count: int = 161) -> list[float]:
     """Lambdas over which the best is looked for: a grid from what samples or particles reach to 100, and infinity."""
-    low = math.log10(min(whole.sharp) if whole.sharp else whole.reach())
+    low = math.log10(min(whole.sharp)[0] if whole.sharp else whole.reach())
     return [*torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf]
 
 
@@ -317,20 +322,28 @@ def _number(lam: float) -> float | None:
     return lam if math.isfinite(lam) else None  # JSON has no infinity
 
 
+Sharp = Mapping[tuple[float, int], Mapping[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Material:
-    """What was drawn for a prompt: `drawn` by `draw`; `sharp`: lower reward -> lam -> what `particles` returned."""
+    """What was drawn for a prompt: `drawn` by `draw`; `sharp`: reward -> (lam, run) -> what `particles` returned."""
 
     drawn: Mapping[str, Tensor]
-    sharp: Mapping[str, Mapping[float, Mapping[str, Tensor]]]
+    sharp: Mapping[str, Sharp]
 
-    def bank(self, low: str) -> Bank:
+    def runs(self, low: str, which: str = "all") -> Sharp:
+        """Particles in order: of "all" runs, the "first", which the race uses, or the "other" ones, which mark."""
+        chosen = {"all": lambda run: True, "first": lambda run: run == 0, "other": lambda run: run > 0}[which]
+        return {key: self.sharp[low][key] for key in sorted(self.sharp[low]) if chosen(key[1])}
+
+    def bank(self, low: str, which: str = "all") -> Bank:
         """The samples as `Bank.of` has them."""
-        return Bank.of(self.drawn, low, self.sharp[low])
+        return Bank.of(self.drawn, low, self.runs(low, which))
 
-    def images(self, low: str) -> Tensor:
+    def images(self, low: str, which: str = "all") -> Tensor:
         """In the order of rows in `Bank.law`: of p_0, then the particles, (n, 1, 28, 28) uint8."""
-        return torch.cat([self.drawn["images"], *(self.sharp[low][lam]["images"] for lam in sorted(self.sharp[low]))])
+        return torch.cat([self.drawn["images"], *(found["images"] for found in self.runs(low, which).values())])
 
 
 def gather(
@@ -340,20 +353,24 @@ def gather(
     n: int,
     lams: Sequence[float],
     count: int,
+    runs: int,
     seed: int,
     folder: Path,
     device: torch.device | str = "cpu",
     bar: bool = False,
 ) -> dict[str, Material]:
-    """For each prompt n samples of p_0, and `count` particles at each of `lams` for each of LOW; kept in `folder`."""
+    """For each prompt n samples of p_0, and for each of LOW and `lams` independent runs 0..runs of count particles."""
     found = {}
     for prompt in prompts:
         drawn, sharp = draw(chain, prompt, n, seed, folder=folder / "bank", device=device, bar=bar), {}
         for low in LOW:
             mean, sd = rewards.scale(drawn[low])
             options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
-            steps = tqdm(lams, desc=f"{prompt}, {low}: particles", disable=not bar)
-            sharp[low] = {lam: particles(chain, prompt, low, lam, count, seed, **options) for lam in steps}
+            keys = tqdm(list(itertools.product(lams, range(runs + 1))), f"{prompt}, {low}: particles", disable=not bar)
+            sharp[low] = {
+                (lam, run): particles(chain, prompt, low, lam, count, seed + 100_000 * run, **options)
+                for lam, run in keys
+            }
         found[prompt] = Material(drawn, sharp)
     return found
 
@@ -374,11 +391,13 @@ def race(
     """`compare` for each seed, Algorithm 2 with `draws` fresh particles wherever its samples do not reach, as often as
     half of its budget allows.
 
-    A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed".
+    A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed",
+    chosen by the first run of particles and marked by the others.
     """
-    whole, rows = material.bank(low), []
+    whole, rows = material.bank(low, "first"), []
     mean, sd = rewards.scale(material.drawn[low])
-    config = {"prompt": prompt, "low": low, "n": len(whole.r_up), "lams": list(whole.sharp), "seeds": seeds}
+    lams = sorted({lam for lam, _ in whole.sharp})
+    config = {"prompt": prompt, "low": low, "n": len(whole.r_up), "lams": lams, "seeds": seeds}
     each = 2 * (2 * chain.steps - 1)  # of a particle: guided steps cost twice a plain one, and the last is plain
     rounds = len(whole.r_up) // seeds // 2 * whole.each // (draws * each)
     config |= {"draws": draws, "rounds": rounds, "trials": trials, "target": target} | _about()
@@ -397,7 +416,18 @@ def race(
         path = folder / f"race_{prompt.replace(' ', '_')}_{low}_{seed}.json"
         found = piece(path, config | {"seed": seed}, compute)["rows"]
         rows += [{"prompt": prompt, "reward": low, "seed": seed} | row for row in found]
-    return rows
+    return mark(rows, material.bank(low, "other"), seeds)
+
+
+def mark(rows: Sequence[dict], whole: Bank, seeds: int) -> list[dict]:
+    """Rows of one prompt and reward with worth and regret measured anew, by `whole` without the fold of their seed."""
+    rests = [whole.folds(seeds, seed)[1] for seed in range(seeds)]
+    best = [max(rest.worth(lam)["up"] for lam in candidates(rest)) for rest in rests]
+    marked = []
+    for row in rows:
+        worth = rests[row["seed"]].worth(math.inf if row["lam"] is None else row["lam"], row["weight"])
+        marked.append(row | {"regret": best[row["seed"]] - worth["up"]} | worth)
+    return marked
 
 
 @torch.no_grad()
@@ -424,9 +454,9 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
         true = captions.fits(wanted, captions.attributes(x, digit))
         return features.double(), torch.stack([digit == wanted[0], true], 1).double()
 
-    seen = {prompt: look(material.images(low), wanted[prompt]) for prompt, material in materials.items()}
+    seen = {prompt: look(material.images(low, "other"), wanted[prompt]) for prompt, material in materials.items()}
     chosen = {(row["method"], row["seed"], row["prompt"]): row for row in rows if row["reward"] == low}
-    banks = {prompt: material.bank(low) for prompt, material in materials.items()}
+    banks = {prompt: material.bank(low, "other") for prompt, material in materials.items()}
     report = []
     for seed, method in itertools.product(range(seeds), dict.fromkeys(row["method"] for row in rows)):
         shares, distances, drawn = [], [], []
@@ -464,9 +494,9 @@ def store(path: Path, materials: Mapping[str, Material], pictures: int) -> None:
             tensors[f"{prompt}|{name}"] = material.drawn[name].float()
         tensors[f"{prompt}|cost"] = material.drawn["cost"].reshape(1)
         for low, sharp in material.sharp.items():
-            for lam, found in sharp.items():
+            for (lam, run), found in sharp.items():
                 for name in ("clip", low, "log_w", "log_z"):
-                    tensors[f"{prompt}|{low}|{lam:g}|{name}"] = found[name].reshape(-1)
+                    tensors[f"{prompt}|{low}|{lam:g}|{run}|{name}"] = found[name].reshape(-1)
         for lam in SLIDER_LAMS:
             tensors[f"{prompt}|picture|{lam:g}"] = picture(material, LOW[0], lam, pictures)
     meta = _about() | {"prompts": list(materials)}
@@ -492,8 +522,8 @@ def restore(path: Path) -> tuple[dict[str, Material], dict[tuple[str, float], Te
         elif len(rest) == 1:
             material.drawn[rest[0]] = tensor[0] if rest[0] == "cost" else tensor
         else:
-            low, lam, key = rest
-            material.sharp[low].setdefault(float(lam), {})[key] = tensor[0] if key == "log_z" else tensor
+            low, lam, run, key = rest
+            material.sharp[low].setdefault((float(lam), int(run)), {})[key] = tensor[0] if key == "log_z" else tensor
     return materials, pictures
 
 
@@ -527,7 +557,7 @@ def protocol(chain: Chain) -> dict[str, object]:
         "low": list(LOW),
         "heard by p_0": "all but the thickness",
         "chain": {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta},
-        "truth": f"reweighting at ESS >= {MIN_ESS:g}, else particles",
+        "truth": f"reweighting at ESS >= {MIN_ESS:g}, else particles of runs that no method drew from",
         "kl_target": KL_TARGET,
         "weights": list(WEIGHTS),
     } | _about()
