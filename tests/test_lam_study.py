@@ -110,7 +110,7 @@ def test_draws_are_independent_priced_and_repeatable():
 def test_what_marks_a_lambda_is_not_what_it_was_chosen_by(study):
     folder, materials, rows = study
     material = materials["a bold two"]
-    assert {run for _, run in material.runs("boldness", "first")} == {0}
+    assert {run for _, run in material.runs("boldness", 0)} == {0}
     assert {run for _, run in material.runs("boldness", "other")} == {1}
     chosen = [row for path in sorted(folder.glob("race_*.json")) for row in json.loads(path.read_text())["rows"]]
     marking = material.bank("boldness", "other")
@@ -284,7 +284,7 @@ def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
     lam_study.store(path, materials, pictures=3)
     back, pictures = lam_study.restore(path)
     for low in lam_study.LOW:
-        for which in ("all", "first", "other"):
+        for which in ("all", 0, "other"):
             ours, theirs = (found["a bold two"].bank(low, which) for found in (materials, back))
             for lam in (0.3, 0.9, 5.0, math.inf):
                 assert ours.worth(lam) == theirs.worth(lam)

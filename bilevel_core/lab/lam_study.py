@@ -332,16 +332,16 @@ class Material:
     drawn: Mapping[str, Tensor]
     sharp: Mapping[str, Sharp]
 
-    def runs(self, low: str, which: str = "all") -> Sharp:
-        """Particles in order: of "all" runs, the "first", which the race uses, or the "other" ones, which mark."""
-        chosen = {"all": lambda run: True, "first": lambda run: run == 0, "other": lambda run: run > 0}[which]
+    def runs(self, low: str, which: str | int = "all") -> Sharp:
+        """Particles in order, of "all" runs, of the "other" ones than 0, which mark, or of one run by its number."""
+        chosen = {"all": lambda run: True, "other": lambda run: run > 0}.get(which, lambda run: run == which)
         return {key: self.sharp[low][key] for key in sorted(self.sharp[low]) if chosen(key[1])}
 
-    def bank(self, low: str, which: str = "all") -> Bank:
+    def bank(self, low: str, which: str | int = "all") -> Bank:
         """The samples as `Bank.of` has them."""
         return Bank.of(self.drawn, low, self.runs(low, which))
 
-    def images(self, low: str, which: str = "all") -> Tensor:
+    def images(self, low: str, which: str | int = "all") -> Tensor:
         """In the order of rows in `Bank.law`: of p_0, then the particles, (n, 1, 28, 28) uint8."""
         return torch.cat([self.drawn["images"], *(found["images"] for found in self.runs(low, which).values())])
 
@@ -394,7 +394,7 @@ def race(
     A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed",
     chosen by the first run of particles and marked by the others.
     """
-    whole, rows = material.bank(low, "first"), []
+    whole, rows = material.bank(low, 0), []
     mean, sd = rewards.scale(material.drawn[low])
     lams = sorted({lam for lam, _ in whole.sharp})
     config = {"prompt": prompt, "low": low, "n": len(whole.r_up), "lams": lams, "seeds": seeds}
