@@ -384,7 +384,8 @@ class ScoreTraining:
             raise ValueError(f"the saved run has other parameters ({listed}); restore them or use another work_dir")
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            # Clones: the optimiser would else go on in the given tensors themselves.
+            return {n[len(prefix) :]: value.clone() for n, value in tensors.items() if n.startswith(prefix)}
 
         self.denoiser.load_state_dict(part("denoiser."))
         self.ema.load_state_dict(part("ema."))
@@ -406,6 +407,7 @@ def train_score(
     *,
     steps: int,
     condition: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    extra: Callable[[nn.Module, int], Tensor] | None = None,
 ) -> Iterator[TrainStep]:
     """Algorithm 3: trains eps_theta by E ||eps_theta(x_t, t) - eps||^2 over x_0, t ~ U{1..T}, eps ~ N(0, I).
 
@@ -414,6 +416,8 @@ def train_score(
     abar       (T+1,) signal levels
     steps      number of steps in all, those already in `state` included
     condition  (rows (B,) of x0, generator) -> what a conditional denoiser takes as its third argument, such as captions
+    extra      (denoiser, step) -> a second loss (), added to the first, such as f/gamma in Algorithm 6; its cost is not
+               counted here
     Yields a TrainStep for each. Raises FloatingPointError, before the weights are touched, if the loss is not finite.
     """
     T = len(abar) - 1
@@ -425,5 +429,7 @@ def train_score(
         eps = torch.randn(x.shape, **draw, dtype=x.dtype)
         x_t = schedules.noise(x, eps, abar[t.to(abar.device)])
         loss = (state.denoiser(x_t, t, *given) - eps).square().mean()
+        if extra is not None:
+            loss = loss + extra(state.denoiser, state.step)
         value = state.update(loss, 3 * len(x))
         yield TrainStep(state.step, value, state.cost)
