@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import estimators, schedules
-from .algorithms import PenaltyStep, ScoreTraining, penalty_descent, train_score
+from .algorithms import PenaltyStep, ScoreTraining, penalty_descent, refuse_changes, train_score
 from .guidance import CostMeter
 from .samplers import Denoiser, sample_ddim, timesteps
 
@@ -81,7 +81,7 @@ class ScheduleLearning:
                 numbers set Adam's: f has no scale of its own, and where the gradient is noise its average shrinks
     margin      distance kept from the bounds of the admissible set
     val         state -> a number, lower is better, asked every `val_every` steps; the loop ends after `patience`
-                without a better one (0: never). best_q and best_val keep the best
+                without a better one (0: never); best_q and best_val keep the best. What it costs it may add to `spent`
     Raises ValueError for whatever is out of its range.
     """
 
@@ -183,11 +183,7 @@ class ScheduleLearning:
 
     def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Continues from a saved state, bit for bit. Raises ValueError if a parameter differs, naming it."""
-        config = self.config()
-        changed = [f"{n}: {meta['config'].get(n)} -> {config[n]}" for n in config if meta["config"].get(n) != config[n]]
-        if changed:
-            listed = ", ".join(changed)
-            raise ValueError(f"the saved run has other parameters ({listed}); restore them or use another work_dir")
+        refuse_changes(meta["config"], self.config())
         for part in ("star", "gamma_net"):
             inside = {n.removeprefix(f"{part}."): v for n, v in tensors.items() if n.startswith(f"{part}.")}
             getattr(self, part).load(inside, meta[part])
@@ -283,7 +279,7 @@ class ScheduleProblem:
         info |= {"gap_se": (gap.std() / n).item(), "moved": (apart / sum(w.square().sum().item() for w in b)) ** 0.5}
         noisy = bool((penalty.mean(0).abs() < 2 * penalty.std(0) / n).all()) and abs(info["gap"]) < 2 * info["gap_se"]
         rounding = gamma * torch.finfo(self.x0.dtype).eps * d_star.mean(0).abs()
-        lost = info["moved"] == 0 or bool((rounding > grad.mean(0).abs().max() / 10).any())
+        lost = bool((rounding > grad.mean(0).abs().max() / 10).any())
         info["warning"] = _warning(gamma, info, noisy, lost)
         return grad.mean(0), info
 
@@ -372,6 +368,7 @@ def _outer_step(state: ScheduleLearning, x0: Tensor) -> ScheduleStep:
             resume=PenaltyStep(k - 1, state.z, state.z, 0.0, {}, None, None, state.z),
         )
     )
+    state._hand_out(state.abar)  # without the graph to z
     val, q = None, state.q
     if state.val and k % state.val_every == 0:
         val = float(state.val(state))
@@ -386,17 +383,8 @@ def _outer_step(state: ScheduleLearning, x0: Tensor) -> ScheduleStep:
     state.spent += sum(meter.cost for meter in problem.meters)
     state.step += 1
     state._hand_out(state.abar)
-    return ScheduleStep(
-        k=k,
-        q=q,
-        q_next=state.q,
-        grad=outer.grad,
-        gamma=outer.gamma,
-        val=val,
-        cost=state.cost,
-        done=state.done,
-        **outer.info,
-    )
+    measured = {"grad": outer.grad, "gamma": outer.gamma, "cost": state.cost} | outer.info
+    return ScheduleStep(k=k, q=q, q_next=state.q, val=val, done=state.done, **measured)
 
 
 def _adam(state: ScheduleLearning, k: int, grad: Tensor, beta: tuple[float, float] = (0.5, 0.9)) -> Tensor:
@@ -408,23 +396,17 @@ def _adam(state: ScheduleLearning, k: int, grad: Tensor, beta: tuple[float, floa
 
 
 def _warning(gamma: float, info: dict, noisy: bool, lost: bool) -> str | None:
-    said = []
+    said, at = [], f"gamma = {gamma:g}"
     if info["absorbed"] > ABSORBED:
-        said.append(
-            f"gamma = {gamma:g} is too small: theta_gamma absorbs {info['absorbed']:.0%} of f, and the schedule is not "
-            "asked to; raise gamma"
-        )
+        said.append(f"{at} is too small: theta_gamma absorbs {info['absorbed']:.0%} of f; raise gamma")
     if info["gap"] < -4 * info["gap_se"]:
+        said.append(f"gap = {info['gap']:.2g} is negative: theta_star is not at its minimum; train longer")
+    if info["moved"] == 0:
         said.append(
-            f"gap = {info['gap']:.2g} is negative: theta_star is not at its minimum; train longer, or raise inner"
+            f"theta_gamma is theta_star bit for bit, so f does not act on it: {at} is too large, or it is frozen"
         )
-    if lost:
-        said.append(
-            f"gamma = {gamma:g} is too large: the difference of the lower-level gradients is rounding; lower it"
-        )
+    elif lost:
+        said.append(f"{at} is too large: the difference of the lower-level gradients is rounding; lower gamma")
     elif noisy:
-        said.append(
-            f"gap = {info['gap']:.2g} and its gradient are within two standard errors at gamma = {gamma:g}: the penalty "
-            "adds noise alone; lower gamma, or raise g_batch, inner or lr"
-        )
+        said.append(f"{at}: gap and penalty are within two standard errors; lower gamma, or raise g_batch, inner or lr")
     return "; ".join(said) or None

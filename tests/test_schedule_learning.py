@@ -181,9 +181,7 @@ def test_both_networks_train_on_the_same_draws():
     state = new_state(gamma=1e300)
     record = next(learn_schedule(state, DATA, steps=1))
     assert torch.equal(state.star.denoiser.a, state.gamma_net.denoiser.a)
-    assert (
-        record.moved == 0 and "is too large: the difference of the lower-level gradients is rounding" in record.warning
-    )
+    assert record.moved == 0 and "theta_gamma is theta_star bit for bit" in record.warning
     assert not torch.equal(state.star.denoiser.a, ORACLE.solve_star(Q))
 
 
@@ -233,8 +231,8 @@ def test_gamma_in_the_good_range_is_not_complained_about_and_outside_it_is():
     for gamma in (1e3, 1e6, 1e9):
         assert warnings[gamma] is None
     assert "is too large" in solved(Q, 1e15)[2]["warning"]
-    single = solved(Q, 1e9, x0=DATA.float(), to=torch.float32)[2]["warning"]
-    assert "gamma = 1e+09 is too large: the difference" in single  # in float32 six digits earlier
+    single = {gamma: solved(Q, gamma, x0=DATA.float(), to=torch.float32)[2]["warning"] for gamma in (1e3, 1e6)}
+    assert single[1e3] is None and "gamma = 1e+06 is too large: the difference" in single[1e6]  # nine digits earlier
 
 
 def test_a_penalty_that_is_noise_is_said_so():
@@ -246,7 +244,7 @@ def test_a_penalty_that_is_noise_is_said_so():
         state.step = k
         noise = torch.randn(50, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         info = problem.estimate(problem, state.z, star, Linear(star.a * (1 + 1e-5 * noise)), 1e4)[1]
-        warned += "within two standard errors" in (info["warning"] or "")
+        warned += "gap and penalty are within two standard errors" in (info["warning"] or "")
     assert warned >= 3
 
 
@@ -419,7 +417,7 @@ def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
         raise KeyboardInterrupt
 
     state.quality = interrupt
-    check(KeyboardInterrupt, "")
+    check(KeyboardInterrupt, "^$")
     state.quality = quality
     assert [record.k for record in learn_schedule(state, DATA, steps=6)] == [4, 5]
 
