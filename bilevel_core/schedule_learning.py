@@ -71,8 +71,8 @@ class ScheduleLearning:
                 (`distances.frechet`) of a classifier's features to fixed moments
     gamma       > 0, or a function of k. The gradient is biased by O(1/gamma), its error grows with gamma: see `warning`
     sample_steps, samples   DDIM steps and images of one evaluation of f
-    estimator   (f, z, seed) -> (d_z f, info), one of `estimators.q_grad_*`; q_grad_reverse gives the same as the default
-                at a third of the cost, where its memory, which grows with sample_steps, fits
+    estimator   (f, z, seed) -> (d_z f, info), one of `estimators.q_grad_*`. Where its memory fits, which grows with
+                sample_steps, q_grad_reverse gives the same as the default for a third of the cost
     draws       >= 2 independent evaluations of the gradient, averaged; their spread is its error
     g_batch     images of one evaluation of g
     inner       training steps of each network in an outer step, of batch_size images by AdamW at the rate lr
