@@ -6,12 +6,13 @@ The protocol, fixed before the test split was read:
   their validation and the warm-up are counted in full, for every method that uses them.
 - Every search gets `Plan.budget`: a denoiser warmed up at the default cosine schedule and `trials` trials, as many as
   the released Bayesian search has. A trial is a short fine-tune of the warm weights at q and the Frechet distance of
-  its samples to the VALIDATION split; all trials of a search share batches and noise. Searches look at the released ranges,
-  Algorithm 6 at what is admissible. Methods that move q step by step get the same budget, validation included, start
-  from the default cosine schedule as the released code does, and return the mean of q over the second half of the way.
+  its samples to the VALIDATION split; all trials of a search share batches and noise. Searches look at the released
+  ranges, Algorithm 6 at what is admissible. Methods that move q step by step get the same budget, validation included,
+  start from the default cosine schedule as the released code does, and return the mean of q over the second half.
 - Budget "final": each method's q is trained from scratch with the same steps and seeds. Budget "total": methods that
   search nothing train longer, by what the others spent on searching.
-- Everything steers by DDIM with `val_steps` steps, from N(0, I), and is marked with all of `grids`, eta = 0.
+- Everything steers by DDIM with `val_steps` steps, from N(0, I), eta = 0, and is marked with all of `grids` at budget
+  "final", with every other one at budget "total".
 - One seed is one whole repetition, search and training. Search seeds, training seeds and the seeds on which the
   constants below were chosen are disjoint. The TEST split's reference is read by `Race.final` alone. The ablation is
   marked on the validation split.
@@ -393,7 +394,7 @@ class Race:
 
         total  trained longer where the method spent nothing on a search
         own    trained on from Algorithm 6's own weights instead of from scratch
-        test   marked on the test split, with all grids, besides the validation split with the grid of the searches
+        test   marked on the test split, besides the validation split with the grid of the searches
         """
         plan, chosen = self.plan, self.choose(method, seed)
         _, side, size, classifier_name = IMAGES[plan.name]
@@ -411,7 +412,8 @@ class Race:
             network = state.ema.eval()
             sampler = fast(network, self.x0[:1]) if torch.device(self.device).type == "cpu" else network
             options, rows = {"n": plan.n, "seed": seed, "device": self.device, "force": self.force}, []
-            for split, grids in (("val", (plan.val_steps,)), ("test", plan.grids if test else ())):
+            tested = () if not test else plan.grids if not total and not own else plan.grids[::2]
+            for split, grids in (("val", (plan.val_steps,)), ("test", tested)):
                 for grid in grids:
                     reference = networks.reference_features(classifier_name, split)
                     with warnings.catch_warnings():
