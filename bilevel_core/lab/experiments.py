@@ -97,6 +97,14 @@ def train_denoiser(
     return state
 
 
+def real_features(name: str, split: str) -> Tensor:
+    """Features (m, d), float64 on the CPU, of a split of IMAGES[name] by its classifier; MNIST's are shipped."""
+    dataset, side, _, classifier = IMAGES[name]
+    if dataset == "mnist":
+        return networks.reference_features(classifier, split)
+    return networks.load_classifier(classifier).features(data.load(dataset, split, side)[0]).double()
+
+
 def measure(
     sampler: Callable,
     abar: Tensor,
@@ -170,10 +178,7 @@ def sampling_study(
         bar, path = f"{name}, end {end:g}, seed {seed}: training", folder / f"{name}_{end:g}_{seed}.safetensors"
         options = {"steps": train_steps, "batch_size": batch_size, "seed": seed, "path": path, "bar": bar}
         state = train_denoiser(x0.to(device), abar, size, **options)
-        if dataset == "mnist":
-            reference = networks.reference_features(classifier_name, "test")
-        else:
-            reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
+        reference = real_features(name, "test")
         network = state.ema.eval()
         sampler = fast(network, x0[:1]) if torch.device(device).type == "cpu" else network
         found = []

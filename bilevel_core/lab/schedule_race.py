@@ -41,7 +41,7 @@ from ..guidance import CostMeter
 from ..samplers import sample_ddim, timesteps
 from ..schedule_learning import ScheduleLearning, learn_schedule
 from . import data, networks, runs
-from .experiments import IMAGES, generate, measure, piece, recipe, train_denoiser
+from .experiments import IMAGES, generate, measure, piece, real_features, recipe, train_denoiser
 from .fast import fast
 
 # What the released Bayesian search looks at: start, end, tau, epsilon of the cosine schedule.
@@ -244,8 +244,7 @@ class Race:
     @cached_property
     def real(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the validation split's features."""
-        features = networks.reference_features(IMAGES[self.plan.name][3], "val")
-        return distances.moments(features.to(self.device))
+        return distances.moments(real_features(self.plan.name, "val").to(self.device))
 
     def quality(self, images: Tensor) -> Tensor:
         """Frechet distance () of samples (n, 1, side, side) to the validation split; differentiable."""
@@ -308,7 +307,7 @@ class Race:
             return {"kind": "cosine", "q": best["q"], "cost": path[-1]["cost"], "path": path}
 
         return piece(
-            self.folder / f"search_{_slug(method)}_{seed}.json", self.config(method=method, seed=seed), compute
+            self.folder / f"{_slug('search', method, seed)}.json", self.config(method=method, seed=seed), compute
         )
 
     def learning(self, seed: int, variant: str = "Algorithm 6") -> ScheduleLearning:
@@ -329,7 +328,7 @@ class Race:
         The weights of theta_star stay in `folder`, as learned_*.safetensors.
         """
         seed += SEARCH_SEEDS
-        name = f"{_slug(variant)}_{seed}"
+        name = _slug(variant, seed)
 
         def compute() -> dict:
             state, path, largest, before = self.learning(seed, variant), [], 0, 0
@@ -379,55 +378,82 @@ class Race:
             return {"kind": "cosine", "q": settled(path, plan.T), "cost": path[-1]["cost"], "path": path}
 
         config = self.config(method=method, seed=seed, way=_plain(way))
-        return piece(self.folder / f"search_{_slug(method)}_{seed}.json", config, compute)
+        return piece(self.folder / f"{_slug('search', method, seed)}.json", config, compute)
 
     def choose(self, method: str, seed: int) -> dict:
-        """ "kind", "q" and "cost" of what a method chose, whichever it is."""
+        """What a method chose, whichever it is: at least "kind", "q" and "cost"."""
         if method in FIXED:
             kind, q = FIXED[method]
             return {"kind": kind, "q": list(q), "cost": 0}
         found = self.search if method in SEARCHES else self.descend if method in DESCENTS else self.learn
         return found(method, seed)
 
-    def final(self, method: str, seed: int, *, total: bool = False, own: bool = False, test: bool = True) -> list[dict]:
-        """A denoiser trained at a method's q from scratch, and marked: a row for each split and grid.
+    def trained(
+        self, method: str, seed: int, *, total: bool = False, own: bool = False
+    ) -> tuple[ScoreTraining, Tensor]:
+        """A denoiser trained at a method's q, resumable, and its abar.
 
         total  trained longer where the method spent nothing on a search
         own    trained on from Algorithm 6's own weights instead of from scratch
-        test   marked on the test split, besides the validation split with the grid of the searches
+        """
+        chosen, size, start = self.choose(method, seed), IMAGES[self.plan.name][2], None
+        if own:
+            start, _ = runs.load_state(self.folder / f"{_slug('learned', method, seed + SEARCH_SEEDS)}.safetensors")
+        steps = self.plan.longer if total and method in FIXED else self.plan.final_steps
+        name, abar = _slug(method, seed, "own" * own, "total" * total), self.abar(chosen["kind"], chosen["q"])
+        options = {"steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "start": start}
+        path, bar = self.folder / f"final_{name}.safetensors", f"{name}: training" if self.bar else None
+        return train_denoiser(self.x0, abar, size, **options, path=path, bar=bar), abar
+
+    def final(self, method: str, seed: int, *, total: bool = False, own: bool = False, test: bool = True) -> list[dict]:
+        """A denoiser of `trained`, marked: a row for each split and grid.
+
+        test  marked on the test split, besides the validation split with the grid of the searches
         """
         plan, chosen = self.plan, self.choose(method, seed)
-        _, side, size, classifier_name = IMAGES[plan.name]
         steps = plan.longer if total and method in FIXED else plan.final_steps
-        name = "_".join([_slug(method), str(seed), *["own"] * own, *["total"] * total])
-        start = None
-        if own:
-            start, _ = runs.load_state(self.folder / f"learned_{_slug(method)}_{seed + SEARCH_SEEDS}.safetensors")
 
         def compute() -> dict:
-            abar = self.abar(chosen["kind"], chosen["q"])
-            options = {"steps": steps, "batch_size": plan.batch_size, "seed": seed, "start": start}
-            path, bar = self.folder / f"final_{name}.safetensors", f"{name}: training" if self.bar else None
-            state = train_denoiser(self.x0, abar, size, **options, path=path, bar=bar)
+            state, abar = self.trained(method, seed, total=total, own=own)
             network = state.ema.eval()
             sampler = fast(network, self.x0[:1]) if torch.device(self.device).type == "cpu" else network
             options, rows = {"n": plan.n, "seed": seed, "device": self.device, "force": self.force}, []
             tested = () if not test else plan.grids if not total and not own else plan.grids[::2]
             for split, grids in (("val", (plan.val_steps,)), ("test", tested)):
                 for grid in grids:
-                    reference = networks.reference_features(classifier_name, split)
+                    reference = real_features(plan.name, split)
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # starts at N(0, I), whatever abar_T
+                        side = self.x0.shape[-1]
                         found = measure(sampler, abar, grid, side, self.classifier, reference, **options)
                     rows.append({"split": split, "steps": grid} | found)
             return {"rows": rows, "train_cost": state.cost, "loss": sum(state.losses[-100:]) / len(state.losses[-100:])}
 
         config = self.config(method=method, seed=seed, test=test, own=own, train_steps=steps, q=chosen["q"])
-        found = piece(self.folder / f"final_{name}.json", config, compute)
+        name = _slug("final", method, seed, "own" * own, "total" * total)
+        found = piece(self.folder / f"{name}.json", config, compute)
         about = {"method": method + ", own weights" * own, "seed": seed, "budget": "total" if total else "final"}
         about |= {"kind": chosen["kind"], "q": chosen["q"], "search_cost": chosen["cost"], "train_steps": steps}
         about |= {key: found[key] for key in ("train_cost", "loss", "wall_s")}
         return [about | row for row in found["rows"]]
+
+    @torch.no_grad()
+    def store(self, path: Path, seed: int, count: int) -> None:
+        """Keeps in one file what `restore` gives back: of one seed, `count` images of each method from the same x_T, by
+        the grid of the searches, and the network and abar that Algorithm 6 led to."""
+        ts, tensors = timesteps(self.plan.T, self.plan.val_steps), {}
+        for method in METHODS:
+            state, abar = self.trained(method, seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                images = generate(
+                    state.ema.eval(), abar, ts, count, self.x0.shape[-1], eta=0.0, seed=seed, device=self.device
+                )
+            tensors[f"images|{method}"] = ((images + 1) * 127.5).round().byte()
+            if method == "Algorithm 6":
+                tensors |= {f"network|{name}": value for name, value in state.ema.module.state_dict().items()}
+                tensors["abar"] = abar
+        runs.save_state(path, tensors, {"size": IMAGES[self.plan.name][2], "seed": seed, "steps": self.plan.val_steps})
 
     def run(self, seeds: Sequence[int], ablation_seeds: Sequence[int] = ()) -> dict[str, list[dict]]:
         """The whole experiment: "searches", "rows" of both budgets, and "ablation", marked on the validation split.
@@ -452,6 +478,18 @@ class Race:
         return tqdm(jobs, "schedule race", disable=not self.bar)
 
 
+def restore(path: Path) -> tuple[dict[str, Tensor], networks.Denoiser, Tensor, dict]:
+    """What `Race.store` kept: images (count, 1, side, side) uint8 by method, the network, its abar, and about it."""
+    tensors, about = runs.load_state(path)
+    network = networks.Denoiser(about["size"])
+    parts = {part: {} for part in ("images", "network")}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("|")
+        parts.get(part, {})[rest] = tensor
+    network.load_state_dict(parts["network"])
+    return parts["images"], network.eval().requires_grad_(False), tensors["abar"], about
+
+
 def settled(path: Sequence[dict], T: int) -> list[float]:
     """The mean of q over the second half of a path: its last point is where the last noise took it."""
     half = torch.tensor([step["q"] for step in path[len(path) // 2 :]], dtype=torch.float64)
@@ -463,5 +501,6 @@ def _plain(options: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(options))
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+def _slug(*parts: object) -> str:
+    """Part of a file's name; empty parts are left out."""
+    return "_".join(re.sub(r"\W", "_", str(part)) for part in parts if part != "")
