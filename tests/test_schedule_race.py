@@ -191,7 +191,7 @@ def test_the_whole_race_resumes_and_is_stored(tmp_path):
 
     race.store(tmp_path / "stored.safetensors", 0, 5)
     images, network, abar, about = schedule_race.restore(tmp_path / "stored.safetensors")
-    assert list(images) == sorted(schedule_race.METHODS) and about["seed"] == 0
+    assert set(images) == set(schedule_race.METHODS) and about["seed"] == 0
     assert torch.equal(abar, schedules.abar(torch.tensor(final[-1]["q"], dtype=torch.float64), PLAN.T))
     again = experiments.generate(network, abar, [20, 10], 5, 8, eta=0.0, seed=0)
     gap = (again + 1) * 127.5 - images["Algorithm 6"].float()

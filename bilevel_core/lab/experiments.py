@@ -118,10 +118,11 @@ def measure(
     seed: int,
     device: torch.device | str = "cpu",
     force: bool = False,
+    subsets: int = 100,
 ) -> dict[str, float]:
     """What n samples of `generate` in so many DDIM steps are worth, against the features (m, d) of real images.
 
-    Returns "frechet" and "kid" of the classifier's features, the classifier's "score", and the "cost" of sampling in
+    Returns "frechet" and "kid" (over so many subsets) of the classifier's features, the classifier's "score", and the "cost" of sampling in
     image forwards. force=True allows too few samples for a distance (its numbers then mean nothing).
     """
     meter = CostMeter(sampler)
@@ -133,7 +134,7 @@ def measure(
     return {
         "cost": meter.cost,
         "frechet": metrics.frechet(features, reference, force=force),
-        "kid": metrics.kid(features, reference, seed=seed)[0],
+        "kid": metrics.kid(features, reference, subsets=subsets, seed=seed)[0],
         "score": metrics.classifier_score(logits),
     }
 
