@@ -122,8 +122,8 @@ def measure(
 ) -> dict[str, float]:
     """What n samples of `generate` in so many DDIM steps are worth, against the features (m, d) of real images.
 
-    Returns "frechet" and "kid" (over so many subsets) of the classifier's features, the classifier's "score", and the "cost" of sampling in
-    image forwards. force=True allows too few samples for a distance (its numbers then mean nothing).
+    Returns "frechet" and "kid" (over so many subsets) of the classifier's features, the classifier's "score", and the
+    "cost" of sampling in image forwards. force=True allows too few samples for a distance, which then means nothing.
     """
     meter = CostMeter(sampler)
     images = generate(meter, abar, timesteps(len(abar) - 1, steps), n, side, eta=eta, seed=seed, device=device)

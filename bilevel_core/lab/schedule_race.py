@@ -26,7 +26,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -456,6 +456,10 @@ class Race:
                 tensors["abar"] = abar
         runs.save_state(path, tensors, {"size": IMAGES[self.plan.name][2], "seed": seed, "steps": self.plan.val_steps})
 
+    def protocol(self) -> dict[str, object]:
+        """What a recorded result must share with this code, and its plan; JSON-able."""
+        return _about() | {"plan": dataclasses.asdict(self.plan), "pieces": "resumable; wall_s is the sum of theirs"}
+
     def run(self, seeds: Sequence[int], ablation_seeds: Sequence[int] = ()) -> dict[str, list[dict]]:
         """The whole experiment: "searches", "rows" of both budgets, and "ablation", marked on the validation split.
 
@@ -477,6 +481,26 @@ class Race:
 
     def _listed(self, jobs: list) -> Iterable:
         return tqdm(jobs, "schedule race", disable=not self.bar)
+
+
+def _about() -> dict[str, object]:
+    """Everything but the sizes."""
+    return {
+        "ranges": [list(range_) for range_ in RANGES],
+        "fixed": {name: [kind, list(q)] for name, (kind, q) in FIXED.items()},
+        "Algorithm 6": _plain(ALGORITHM_6),
+        "clipped at": [list(RATE), list(SCALE)],
+        "variants": _plain(VARIANTS),
+        "descents": _plain(DESCENTS),
+        "start": "x_T from N(0, I), eta = 0",
+    }
+
+
+def check_protocol(found: Mapping[str, object]) -> None:
+    """Raises ValueError, naming what differs, if a result was made by another protocol than this module's."""
+    changed = [key for key, value in _about().items() if found.get(key) != value]
+    if changed:
+        raise ValueError(f"the result was made by another protocol ({', '.join(changed)}): run the recorded profile")
 
 
 def restore(path: Path) -> tuple[dict[str, Tensor], networks.Denoiser, Tensor, dict]:
