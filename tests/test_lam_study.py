@@ -107,6 +107,7 @@ def test_draws_are_independent_priced_and_repeatable():
     assert means.std() == pytest.approx(a.se, rel=0.25)
 
 
+@pytest.mark.slow
 def test_what_marks_a_lambda_is_not_what_it_was_chosen_by(study):
     folder, materials, rows = study
     material = materials["a bold two"]
@@ -243,6 +244,7 @@ def study(shipped, tmp_path_factory):
     return folder, materials, rows
 
 
+@pytest.mark.slow
 def test_a_race_is_kept_in_pieces_and_goes_on(shipped, study):
     chain, (folder, materials, rows) = shipped, study
     assert len(rows) == 2 * 9 and {(row["prompt"], row["reward"]) for row in rows} == {("a bold two", "boldness")}
@@ -262,6 +264,7 @@ def test_a_race_is_kept_in_pieces_and_goes_on(shipped, study):
         lam_study.race(chain, "a bold two", "boldness", materials["a bold two"], **changed, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_quality_is_that_of_the_law(study):
     _, materials, rows = study
@@ -278,6 +281,7 @@ def test_quality_is_that_of_the_law(study):
     assert found == lam_study.quality(materials, rows, "boldness", seeds=2, n=200)
 
 
+@pytest.mark.slow
 def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
     _, materials, _ = study
     path = tmp_path / "rewards.safetensors"

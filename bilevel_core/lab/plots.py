@@ -95,13 +95,20 @@ class Table:
 
     def _repr_html_(self) -> str:
         def line(cells: Iterable[str], tag: str) -> str:
-            style = 'style="padding: 0.2em 0.7em; text-align: right"'
-            return "<tr>" + "".join(f"<{tag} {style}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            cells = [
+                f'<{tag} style="{style(tag, i, cell)}">{html.escape(cell)}</{tag}>' for i, cell in enumerate(cells)
+            ]
+            return f"<tr>{''.join(cells)}</tr>"
+
+        def style(tag: str, column: int, cell: str) -> str:
+            whole = "; white-space: nowrap" if tag == "td" and any(map(str.isdigit, cell)) else ""
+            return f"padding: 0.2em 0.5em; text-align: {'right' if column else 'left'}{whole}"
 
         tier, note = self.caption.split(": ", 1)
         caption = f'<caption style="caption-side: bottom; min-width: 20em"><b>{tier}</b>: {html.escape(note)}</caption>'
         body = "".join(line(row, "td") for row in self.body)
-        return f'<table class="dataframe">{caption}<thead>{line(self.head, "th")}</thead><tbody>{body}</tbody></table>'
+        head, table = line(self.head, "th"), '<table class="dataframe" style="font-size: 0.88em">'
+        return f"{table}{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.head, *self.body, strict=True)]
