@@ -273,6 +273,13 @@ def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: 
     return high
 
 
+def refuse_changes(saved: dict, config: dict) -> None:
+    """Raises ValueError, naming what differs, unless a saved run had the parameters `config`."""
+    changed = ", ".join(f"{n}: {saved.get(n)} -> {config[n]}" for n in sorted(config) if saved.get(n) != config[n])
+    if changed:
+        raise ValueError(f"the saved run has other parameters ({changed}); restore them or use another work_dir")
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """One step of Algorithm 3: its number from 1, the loss, and the cost so far in units of one image forward."""
@@ -377,11 +384,7 @@ class ScoreTraining:
 
     def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Continues from a saved state, bit for bit. Raises ValueError if a parameter differs, naming it."""
-        config = self.config()
-        changed = {name for name in config if meta["config"].get(name) != config[name]}
-        if changed:
-            listed = ", ".join(f"{n}: {meta['config'].get(n)} -> {config[n]}" for n in sorted(changed))
-            raise ValueError(f"the saved run has other parameters ({listed}); restore them or use another work_dir")
+        refuse_changes(meta["config"], self.config())
 
         def part(prefix: str) -> dict[str, Tensor]:
             # Clones: the optimiser would else go on in the given tensors themselves.
