@@ -34,14 +34,15 @@ from ..algorithms import ScoreTraining, train_score
 from ..guidance import CostMeter
 from ..samplers import sample_ddim, timesteps
 from ..schedule_learning import ScheduleLearning, learn_schedule
-from . import data, experiments, networks
+from . import data, experiments, metrics, networks
 from .fast import fast
 
 POINTS = {"near": (0.05, 0.95, 1.0, 0.008), "far": (0.2, 0.85, 1.0, 0.008)}  # q: near the default, and a worse one
 WIDTHS = (0.05, 0.03, 0.25)  # half distances of the truth's differences, in z: start, end, tau
 COST = 100_000  # image forwards at which signal-to-noise ratios are compared
-GAMMAS = (1.0, 1e2, 1e3, 1e4, 1e5, 1e6)
-ABLATION = 1e4  # gamma at which the ways to move theta_gamma are compared
+GAMMAS = {"far": (1.0, 1e2, 1e4, 1e6), "near": (1.0, 1e4)}  # of Algorithm 6
+ABLATION = 1e4  # gamma at which the ways to move theta_gamma are compared:
+ABLATIONS = ({"grad_steps": 1}, {"grad_steps": 3}, {"directions": 1})
 COUNTS = (36, 100, 256, 1000, 5000)  # sizes of the sets of real images in `few_samples`
 
 
@@ -63,9 +64,9 @@ class Study:
     train_steps: int = 1000
     batch_size: int = 128
     n_truth: int = 5000
-    n: int = 500
+    n: int = 256
     draws: int = 6
-    inner: int = 50
+    inner: int = 30
     outer: int = 4
     lr: float = 1e-4
     device: str = "cpu"
@@ -116,6 +117,7 @@ class Study:
     def objective(self, denoiser: Callable, n: int, grad_steps: int | None = None) -> Callable[[Tensor, int], Tensor]:
         """f(z, seed) of a denoiser: the quality of n DDIM samples, x_T from the seed; differentiable."""
         shape, ts = (n, *self.x0.shape[1:]), timesteps(self.T, self.sample_steps)
+        _ = self.reference, self.classifier  # loaded now: not within a forward-mode derivative
 
         def f(z: Tensor, seed: int) -> Tensor:
             generator = torch.Generator(self.device).manual_seed(seed)
@@ -278,7 +280,8 @@ def penalty(study: Study, point: str, seed: int, gamma: float, **options: object
         ]
         return {"rows": rows, "cost": state.cost}
 
-    chosen = {"samples": 128, "draws": 4, "g_batch": 512, "warmup": 30, "ema_decay": 0.97, "grad_steps": None}
+    chosen = {"samples": 100, "draws": 2, "g_batch": 512, "warmup": 30, "ema_decay": 0.97, "grad_steps": None}
+    chosen |= {"directions": 0}
     chosen |= {"inner": study.inner, "lr": study.lr, "batch_size": study.batch_size} | options
     config = study.about("outer", point=point, seed=seed, gamma=gamma, options=chosen)
     name = "_".join([f"penalty_{point}_{gamma:g}", *(f"{k}-{v}" for k, v in sorted(options.items())), str(seed)])
@@ -305,16 +308,94 @@ def few_samples(study: Study, repeats: int) -> dict:
 # ---------------------------------------------------------------- the whole
 
 
-def pieces(study: Study, seeds: int, gammas: Sequence[float], warm_steps: Sequence[int]) -> dict[str, list[partial]]:
-    """Every piece of the study by kind, as functions without arguments, in the order in which they are best made."""
-    runs_ = list(itertools.product(range(seeds), POINTS))
-    ablations = ({"grad_steps": 1}, {"grad_steps": 3}, {"directions": 1})
+def pieces(study: Study, seeds: int, warm_steps: Sequence[int]) -> list[Callable[[], dict]]:
+    """Every piece of the study as a function without arguments, in the order in which they are best made."""
+    runs = list(itertools.product(range(seeds), POINTS))
+    ablations = itertools.product(range(seeds), ABLATIONS)
+    return [
+        *(partial(truth, study, point, seed) for seed, point in runs),
+        *(partial(partial_draws, study, point, seed) for seed, point in runs),
+        *(partial(penalty, study, point, seed, gamma) for seed, point in runs for gamma in GAMMAS[point]),
+        *(partial(warm_draws, study, point, seed, steps) for seed, point in runs for steps in warm_steps),
+        *(partial(penalty, study, "far", seed, ABLATION, **options) for seed, options in ablations),
+        *(partial(truth, study, "far", seed, 0.5) for seed in range(min(seeds, 2))),
+        partial(few_samples, study, 200),
+    ]
+
+
+def gather(study: Study, seeds: int, warm_steps: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[dict]:
+    """Makes all pieces, or reads them; a killed run goes on where it stopped.
+
+    share  (i, n): only every n-th piece from the i-th on, so that n processes can work on one folder
+    Returns the pieces, each with the name of its function as "kind".
+    """
+    chosen = pieces(study, seeds, warm_steps)[share[0] :: share[1]]
+    return [{"kind": make.func.__name__} | make() for make in chosen]
+
+
+def verdicts(found: Sequence[dict], point: str) -> dict[str, dict]:
+    """`judge` of every estimator among the pieces of `gather` at one of POINTS, by name, with "truth" first.
+
+    Algorithm 6 is judged by its outer steps from the second on: in the first its optimisers have no memory yet.
+    """
+
+    def of(kind: str, scale: float = 1.0) -> list[dict]:
+        here = [piece for piece in found if piece["kind"] == kind and piece["config"].get("point") == point]
+        return [piece for piece in here if piece["config"].get("scale", 1.0) == scale]
+
+    truths = {piece["config"]["seed"]: piece for piece in of("truth")}
+    draws: dict[str, dict[int, list]] = {}
+    costs: dict[str, float] = {}
+
+    def add(name: str, seed: int, rows: list, cost: float) -> None:
+        draws.setdefault(name, {})[seed] = rows
+        costs[name] = cost
+
+    for piece in of("partial_draws"):
+        for name, row in piece["rows"].items():
+            add(name, piece["config"]["seed"], row["draws"], row["cost"])
+    for piece in of("warm_draws"):
+        config = piece["config"]
+        add(f"differences after {config['steps']} steps", config["seed"], piece["draws"], piece["cost"])
+    for piece in of("penalty"):
+        config, rows = piece["config"], piece["rows"]
+        name = f"Algorithm 6, gamma = {config['gamma']:g}"
+        if config["options"]["directions"]:
+            name += ", zeroth order"
+        elif config["options"]["grad_steps"]:
+            name += f", last {config['options']['grad_steps']}"
+        cost = (rows[-1]["cost"] - rows[0]["cost"]) / (len(rows) - 1)
+        add(name, config["seed"], [row["grad"] for row in rows[1:]], cost)
+    whole = [truths[seed]["grad"] for seed in sorted(truths)]
+    cost = sum(piece["cost"] for piece in truths.values()) / len(truths)
+    first = {"mean": [metrics.t_interval(column) for column in zip(*whole, strict=True)], "cost": cost}
+    return {"truth": first} | {
+        name: judge([truths[seed]["grad"] for seed in sorted(rows)], [rows[seed] for seed in sorted(rows)], costs[name])
+        for name, rows in draws.items()
+    }
+
+
+def judge(truths: Sequence[Sequence[float]], draws: Sequence[Sequence[Sequence[float]]], cost: float) -> dict:
+    """An estimator against the truth. truths (seeds, 3); draws (seeds, k, 3) with k >= 2; cost of one draw.
+
+    "bias" and "mean": an interval over seeds for each coordinate; "z": the bias in its standard errors; "snr": the
+    |mean|/sd of the draws of one seed, at COST; "off": |bias|/|truth| and "cosine" of mean and truth, both with each
+    coordinate in units of its WIDTHS.
+    """
+    truth, all_draws = (torch.tensor(values, dtype=torch.float64) for values in (truths, draws))
+    if len(truth) < 2 or all_draws.shape[1] < 2:
+        raise ValueError(f"{len(truth)} seeds with {all_draws.shape[1]} draws each are too few: take two of each")
+    per_seed = all_draws.mean(1)
+    sd = all_draws.var(1).mean(0).sqrt()
+    bias = per_seed - truth
+    widths = torch.tensor(WIDTHS, dtype=torch.float64)
+    scaled, target = per_seed.mean(0) * widths, truth.mean(0) * widths
     return {
-        "truth": [partial(truth, study, point, seed) for seed, point in runs_],
-        "partial": [partial(partial_draws, study, point, seed) for seed, point in runs_],
-        "warm": [partial(warm_draws, study, p, seed, steps) for seed, p in runs_ for steps in warm_steps],
-        "penalty": [partial(penalty, study, point, seed, gamma) for seed, point in runs_ for gamma in gammas],
-        "ablation": [partial(penalty, study, "far", s, ABLATION, **o) for s in range(seeds) for o in ablations],
-        "width": [partial(truth, study, "far", seed, 0.5) for seed in range(min(seeds, 2))],
-        "few": [partial(few_samples, study, 200)],
+        "mean": [metrics.t_interval(column) for column in per_seed.T.tolist()],
+        "bias": [metrics.t_interval(column) for column in bias.T.tolist()],
+        "z": (bias.mean(0) / (bias.std(0) / len(bias) ** 0.5)).tolist(),
+        "snr": (per_seed.mean(0).abs() / sd * (COST / cost) ** 0.5).tolist(),
+        "off": ((scaled - target).norm() / target.norm()).item(),
+        "cosine": (scaled @ target / (scaled.norm() * target.norm())).item(),
+        "cost": cost,
     }
