@@ -40,7 +40,7 @@ def test_a_verdict_knows_bias_noise_and_cost():
     found = study_of.judge(truths.tolist(), (truths[:, None] + shift + noise).tolist(), cost=study_of.COST / 4)
     mean = (truths.mean(0) + shift).abs()
     snr = 2 * mean / torch.tensor([1.0, 0.5, 0.1])  # four draws for COST
-    assert torch.allclose(torch.tensor(found["snr"]), snr.double(), rtol=0.08)
+    assert torch.allclose(torch.tensor(found["snr"], dtype=torch.float64), snr, rtol=0.08)
     assert found["bias"][0].lo < 0.5 < found["bias"][0].hi and found["bias"][1].lo < 0 < found["bias"][1].hi
     assert found["z"][0] > 10 and max(map(abs, found["z"][1:])) < 5
     widths = torch.tensor(study_of.WIDTHS)
