@@ -62,7 +62,7 @@ class Study:
     T: int = 200
     sample_steps: int = 10
     train_steps: int = 1000
-    batch_size: int = 128
+    batch_size: int = 64
     n_truth: int = 5000
     n: int = 256
     draws: int = 6
