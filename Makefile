@@ -26,7 +26,7 @@ help:
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
-	@echo "make bench                  benchmarks of sampling, guidance and training, printed tables"
+	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make format                 format the code and strip the notebooks' outputs"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
@@ -50,6 +50,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/schedule.py
 
 format: $(READY)
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb

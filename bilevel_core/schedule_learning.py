@@ -24,6 +24,8 @@ from .samplers import Denoiser, sample_ddim, timesteps
 
 ABSORBED = 0.1  # share of f that theta_gamma may take away before gamma counts as too small
 
+SLOW = 0.5  # share of its way that theta_gamma must have come
+
 
 @dataclass(frozen=True)
 class ScheduleStep:
@@ -37,6 +39,9 @@ class ScheduleStep:
     g_gamma, g_star, gap, gap_se   both lower losses on one batch, and their difference with its error
     absorbed      (f_star - f)/|f_star|, the share of f that theta_gamma takes away without any help of the schedule
     moved         |theta_gamma - theta_star|/|theta_star|
+    reached       2 gamma gap/(f_star - f): how far theta_gamma has come, of error 2 gamma gap_se/(f_star - f). At the
+                  minimum of f/gamma + g, f falls by about 2 gamma gap; at the share s of the way there by s of that,
+                  with s^2 of the gap. The gradient then holds but s of the networks' response to the schedule
     val           what `val` said, or None;  cost: image forwards so far
     done          None, or why the loop ends here;  warning: None, or what is wrong with gamma or the lower level
     """
@@ -55,6 +60,7 @@ class ScheduleStep:
     gap_se: float
     absorbed: float
     moved: float
+    reached: float
     val: float | None
     cost: int
     done: str | None
@@ -71,7 +77,8 @@ class ScheduleLearning:
                 (`distances.frechet`) of a classifier's features to fixed moments
     gamma       > 0, or a function of k. The gradient is biased by O(1/gamma), its error grows with gamma: see `warning`
     sample_steps, samples   DDIM steps and images of one evaluation of f
-    estimator   (f, z, seed) -> (d_z f, info), one of `estimators.q_grad_*`
+    estimator   (f, z, seed) -> (d_z f, info), one of `estimators.q_grad_*`. Where its memory fits, which grows with
+                sample_steps, q_grad_reverse gives the same as the default for a third of the cost
     draws       >= 2 independent evaluations of the gradient, averaged; their spread is its error
     g_batch     images of one evaluation of g
     inner       training steps of each network in an outer step, of batch_size images by AdamW at the rate lr
@@ -265,7 +272,9 @@ class ScheduleProblem:
             z = z.detach().requires_grad_()
             losses = [self.g(z, net, seed) for net in (gamma_net, star)]
             slopes = [torch.autograd.grad(loss, z)[0] for loss in losses]
-            rows.append([upper, *slopes, *(torch.as_tensor(v).double() for v in (info["f"], f_star, *losses))])
+            rows.append(
+                [upper, *slopes, *(torch.as_tensor(v, dtype=torch.float64) for v in (info["f"], f_star, *losses))]
+            )
         upper, d_gamma, d_star, *values = (torch.stack(column).detach() for column in zip(*rows, strict=True))
         f, f_star, g_gamma, g_star = values
         n = s.draws**0.5
@@ -277,6 +286,7 @@ class ScheduleProblem:
         info["absorbed"] = (info["f_star"] - info["f"]) / max(abs(info["f_star"]), 1e-300)
         info |= {"g_gamma": g_gamma.mean().item(), "g_star": g_star.mean().item(), "gap": gap.mean().item()}
         info |= {"gap_se": (gap.std() / n).item(), "moved": (apart / sum(w.square().sum().item() for w in b)) ** 0.5}
+        info["reached"] = 2 * gamma * info["gap"] / ((info["f_star"] - info["f"]) or 1e-300)
         noisy = bool((penalty.mean(0).abs() < 2 * penalty.std(0) / n).all()) and abs(info["gap"]) < 2 * info["gap_se"]
         rounding = gamma * torch.finfo(self.x0.dtype).eps * d_star.mean(0).abs()
         lost = bool((rounding > grad.mean(0).abs().max() / 10).any())
@@ -399,7 +409,7 @@ def _warning(gamma: float, info: dict, noisy: bool, lost: bool) -> str | None:
     said, at = [], f"gamma = {gamma:g}"
     if info["absorbed"] > ABSORBED:
         said.append(f"{at} is too small: theta_gamma absorbs {info['absorbed']:.0%} of f; raise gamma")
-    if info["gap"] < -4 * info["gap_se"]:
+    if info["gap"] < -4 * info["gap_se"] - 1e-9 * abs(info["g_star"]):
         said.append(f"gap = {info['gap']:.2g} is negative: theta_star is not at its minimum; train longer")
     if info["moved"] == 0:
         said.append(
@@ -409,4 +419,7 @@ def _warning(gamma: float, info: dict, noisy: bool, lost: bool) -> str | None:
         said.append(f"{at} is too large: the difference of the lower-level gradients is rounding; lower gamma")
     elif noisy:
         said.append(f"{at}: gap and penalty are within two standard errors; lower gamma, or raise g_batch, inner or lr")
+    fall, error = info["f_star"] - info["f"], 2 * gamma * info["gap_se"]
+    if 0 < info["reached"] < SLOW and 2 * error < (SLOW - info["reached"]) * fall:
+        said.append(f"theta_gamma has come {info['reached']:.0%} of its way; lower rate, or raise inner or lr")
     return "; ".join(said) or None

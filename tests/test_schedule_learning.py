@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel_core import estimators, oracles, schedules
-from bilevel_core.lab import runs, training
+from bilevel_core import distances, estimators, oracles, schedules
+from bilevel_core.lab import data, networks, runs, training
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 
 ORACLE = oracles.LinearGaussianSchedule()
 Q = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64)
 END_1 = torch.tensor([0.0, 1.0, 1.0, 0.008], dtype=torch.float64)
-DATA = ORACLE.s * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DATA = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DATA = ORACLE.s * DATA / DATA.square().mean().sqrt()  # else the oracle's minimum is not that of these data
 
 
 class Linear(nn.Module):
@@ -73,7 +74,37 @@ def solved(q, gamma, x0=DATA, to=torch.float64, **options):
     return state, *problem.estimate(problem, state.z, star, tilted, gamma)
 
 
+class Exact(ScheduleProblem):
+    """Algorithm 6 with the expectations that f and g are samples of."""
+
+    def f(self, z, net, seed, grad_steps=None):
+        return ORACLE.f(schedules.expand(z), net.a)
+
+    def g(self, z, net, seed):
+        return ORACLE.g(schedules.expand(z), net.a)
+
+
+def exact(q, gamma, share=1.0):
+    """Gradient and info with both networks at their minima; theta_gamma: at that share of the way from theta_star."""
+    state = new_state(q, gamma=gamma)
+    problem, star, tilted = Exact(state, DATA), ORACLE.solve_star(state.q), ORACLE.solve_gamma(state.q, gamma)
+    return problem.estimate(problem, state.z, Linear(star), Linear(star + share * (tilted - star)), gamma)
+
+
 # ---------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("q", [Q, END_1])
+@pytest.mark.parametrize("gamma", [1.0, 1e3, 1e6])
+def test_without_noise_gradient_and_measurements_are_those_of_the_oracle(q, gamma):
+    grad, info = exact(q, gamma)
+    star, tilted = ORACLE.solve_star(q), ORACLE.solve_gamma(q, gamma)
+    expected, _ = estimators.penalty_grad(ORACLE, q, star, tilted, gamma)
+    torch.testing.assert_close(grad, expected[:3], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(info["se"], torch.zeros(3, dtype=torch.float64))
+    assert info["g_star"] == ORACLE.g(q, star).item() and info["g_gamma"] == ORACLE.g(q, tilted).item()
+    assert info["f"] == ORACLE.f(q, tilted).item() and info["f_star"] == ORACLE.value(q).item()
+    assert info["moved"] == pytest.approx(((tilted - star).norm() / star.norm()).item())
 
 
 @pytest.mark.parametrize("gamma", [1e4, 1e6, 1e8])
@@ -98,13 +129,12 @@ def test_gradient_at_large_gamma_is_the_hypergradient_and_its_error_shrinks():
     assert (few / info["se"]).log().mean().exp().item() == pytest.approx(4, rel=0.4)  # 16 times the images
 
 
-def test_measurements_are_those_of_the_oracle():
+def test_measurements_tend_to_those_of_the_oracle():
     _, _, info = solved(Q, 100.0)
     star, tilted = ORACLE.solve_star(Q), ORACLE.solve_gamma(Q, 100.0)
     assert info["g_star"] == pytest.approx(ORACLE.g(Q, star).item(), rel=0.02)
     assert abs(info["gap"] - (ORACLE.g(Q, tilted) - ORACLE.g(Q, star)).item()) < 4 * info["gap_se"]
     assert info["gap_se"] < 0.01 * info["g_star"] * (2 / 20_000) ** 0.5  # the same (x_0, t, eps) on both sides
-    assert info["moved"] == pytest.approx(((tilted - star).norm() / star.norm()).item(), rel=1e-6)
     absorbed = 1 - (ORACLE.f(Q, tilted) / ORACLE.f(Q, star)).item()
     assert info["absorbed"] == pytest.approx(absorbed, abs=0.03)
 
@@ -185,11 +215,12 @@ def test_both_networks_train_on_the_same_draws():
     assert not torch.equal(state.star.denoiser.a, ORACLE.solve_star(Q))
 
 
-def test_the_schedule_moves_to_a_better_one_by_the_oracle():
-    state = new_state(samples=2000, g_batch=1000, batch_size=1000, inner=5, gamma=300.0, grad_steps=None, lr=2e-3)
-    records = list(learn_schedule(state, DATA, steps=25))
-    values = [ORACLE.value(record.q).item() for record in records]
-    assert ORACLE.value(state.q) < 0.5 * values[0] and all(record.moved > 0 for record in records)
+def test_the_schedule_moves_to_the_optimum_of_the_oracle():
+    options = {"samples": 1000, "g_batch": 1000, "batch_size": 1000, "inner": 10, "grad_steps": None, "lr": 5e-3}
+    state = new_state(gamma=100.0, ema_decay=0.9, rate=0.015, val=validate, val_every=1, **options)
+    records = list(learn_schedule(state, DATA, steps=16))
+    assert state.best_val < 0.1 * records[0].val and records[-1].val < 0.3 * records[0].val
+    assert all(record.moved > 0 for record in records)
     schedules.check(state.q, 50)
 
 
@@ -205,6 +236,31 @@ def test_projection_keeps_a_margin_and_does_not_drift(kind):
         schedules.check(expanded, 50, kind)
         for i, (low, high) in enumerate(schedules.BOUNDS[kind][: len(once)]):
             assert low + 0.02 - 1e-9 <= expanded[i] <= high - 0.02 + 1e-9
+
+
+def test_images_in_single_precision_with_the_distance_of_features():
+    """The shapes of the experiment, at the smallest size: U-Net, classifier, digits; forward and reverse mode agree."""
+    x0, _ = data.load("digits", "train")
+    classifier, net = networks.load_classifier("mnist8"), networks.Denoiser("tiny")
+    reference = distances.moments(networks.reference_features("mnist8", "val"))
+    small = {"T": 20, "sample_steps": 2, "samples": 40, "g_batch": 16, "batch_size": 8, "inner": 1, "draws": 2}
+
+    def distance(images, reference=reference):
+        return distances.frechet(distances.moments(classifier.features(images)), reference)
+
+    states = [
+        ScheduleLearning(net, Q, distance, estimator=estimator, **small)
+        for estimator in (estimators.q_grad_forward, estimators.q_grad_reverse)
+    ]
+    forward, reverse = (next(learn_schedule(state, x0, steps=1)) for state in states)
+    torch.testing.assert_close(forward.grad, reverse.grad, rtol=1e-3, atol=1e-3)
+    assert forward.cost > reverse.cost and forward.moved == reverse.moved > 0
+    assert not any(
+        torch.equal(v, w) for v, w in zip(net.parameters(), states[0].star.denoiser.parameters(), strict=True)
+    )
+    states[0].quality = lambda images: distance(images, (torch.zeros(5), torch.eye(5)))
+    with pytest.raises(ValueError, match=r"they must be \(d,\), \(d, d\) with one d"):
+        next(learn_schedule(states[0], x0, steps=2))
 
 
 # ---------------------------------------------------------------- what must be impossible to miss
@@ -225,18 +281,21 @@ def test_a_network_that_does_not_move_is_an_error():
 
 
 def test_gamma_in_the_good_range_is_not_complained_about_and_outside_it_is():
-    warnings = {gamma: solved(Q, gamma)[2]["warning"] for gamma in (1.0, 10.0, 1e3, 1e6, 1e9)}
     for gamma in (1.0, 10.0):
-        assert f"gamma = {gamma:g} is too small: theta_gamma absorbs" in warnings[gamma]
-    for gamma in (1e3, 1e6, 1e9):
-        assert warnings[gamma] is None
-    assert "is too large" in solved(Q, 1e15)[2]["warning"]
-    single = {gamma: solved(Q, gamma, x0=DATA.float(), to=torch.float32)[2]["warning"] for gamma in (1e3, 1e6)}
-    assert single[1e3] is None and "gamma = 1e+06 is too large: the difference" in single[1e6]  # nine digits earlier
+        assert f"gamma = {gamma:g} is too small: theta_gamma absorbs" in exact(Q, gamma)[1]["warning"]
+    for gamma in (1e3, 1e7):
+        assert exact(Q, gamma)[1]["warning"] is None and solved(Q, gamma, samples=5000)[2]["warning"] is None
+    for gamma in (1e4, 1e6):  # with end = 1 the gradient is wrong up to here: see the table
+        assert "is too small" in exact(END_1, gamma)[1]["warning"]
+    assert exact(END_1, 1e8)[1]["warning"] is None
+    assert "gamma = 6e+12 is too large" in exact(Q, 6e12)[1]["warning"]
+    single = {"x0": DATA.float(), "to": torch.float32, "samples": 5000}
+    assert solved(Q, 1e3, **single)[2]["warning"] is None
+    assert "gamma = 1e+06 is too large: the difference" in solved(Q, 1e6, **single)[2]["warning"]  # six digits earlier
 
 
 def test_a_penalty_that_is_noise_is_said_so():
-    state = new_state(gamma=1e4, samples=20_000, g_batch=8, draws=4)
+    state = new_state(gamma=1e4, samples=500, g_batch=8, draws=4)
     problem = ScheduleProblem(state, DATA)
     star = Linear(ORACLE.solve_star(Q))
     warned = 0
@@ -246,6 +305,15 @@ def test_a_penalty_that_is_noise_is_said_so():
         info = problem.estimate(problem, state.z, star, Linear(star.a * (1 + 1e-5 * noise)), 1e4)[1]
         warned += "gap and penalty are within two standard errors" in (info["warning"] or "")
     assert warned >= 3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 1.0])
+def test_how_far_theta_gamma_has_come_is_measured_and_said(share):
+    """By the ratio of the gap to the fall of f, exact for a displacement so small that f is linear."""
+    info = exact(Q, 1e3, share)[1]
+    assert info["reached"] == pytest.approx(share, rel=0.05)
+    said = f"theta_gamma has come {info['reached']:.0%} of its way; lower rate, or raise inner or lr"
+    assert info["warning"] == (said if share < 0.5 else None)
 
 
 def test_a_negative_gap_is_said_so():
