@@ -42,7 +42,7 @@ WIDTHS = (0.05, 0.03, 0.25)  # half distances of the truth's differences, in z: 
 COST = 100_000  # image forwards at which signal-to-noise ratios are compared
 GAMMAS = {"far": (1.0, 1e2, 1e4, 1e6), "near": (1.0, 1e4)}  # of Algorithm 6
 ABLATION = 1e4  # gamma at which the ways to move theta_gamma are compared:
-ABLATIONS = ({"grad_steps": 1}, {"directions": 1})
+ABLATIONS = ({"grad_steps": 1}, {"directions": 1}, {"inner": 120})
 
 
 @dataclass(frozen=True)
