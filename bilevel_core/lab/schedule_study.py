@@ -345,6 +345,8 @@ def verdicts(found: Sequence[dict], point: str) -> dict[str, dict]:
             name += ", zeroth order"
         elif config["options"]["grad_steps"]:
             name += f", last {config['options']['grad_steps']}"
+        if config["options"]["inner"] != Study.inner:
+            name += f", {config['options']['inner']} training steps"
         cost = (rows[-1]["cost"] - rows[0]["cost"]) / (len(rows) - 1)
         add(name, config["seed"], [row["grad"] for row in rows[1:]], cost)
     whole = [truths[seed]["grad"] for seed in sorted(truths)]
