@@ -338,6 +338,7 @@ def verdicts(found: Sequence[dict], point: str) -> dict[str, dict]:
     for piece in of("warm_draws"):
         config = piece["config"]
         add(f"differences after {config['steps']} steps", config["seed"], piece["draws"], piece["cost"])
+    usual = min((piece["config"]["options"]["inner"] for piece in of("penalty")), default=0)
     for piece in of("penalty"):
         config, rows = piece["config"], piece["rows"]
         name = f"Algorithm 6, gamma = {config['gamma']:g}"
@@ -345,7 +346,7 @@ def verdicts(found: Sequence[dict], point: str) -> dict[str, dict]:
             name += ", zeroth order"
         elif config["options"]["grad_steps"]:
             name += f", last {config['options']['grad_steps']}"
-        if config["options"]["inner"] != Study.inner:
+        if config["options"]["inner"] != usual:
             name += f", {config['options']['inner']} training steps"
         cost = (rows[-1]["cost"] - rows[0]["cost"]) / (len(rows) - 1)
         add(name, config["seed"], [row["grad"] for row in rows[1:]], cost)
