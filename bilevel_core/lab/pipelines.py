@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..guidance import eps_from_x0
 from ..schedules import per_sample
-from . import networks
+from . import networks, rewards, runs
 from .adapters import from_diffusers
 from .finetuning import Chain
 
@@ -270,7 +271,7 @@ def _open(model: str | Path, dtype: str) -> StableDiffusionPipeline:
     try:
         kind = StableDiffusionPipeline.load_config(source)["_class_name"]
         if kind != "StableDiffusionPipeline":
-            raise ValueError(f"{model} is a {kind}; this chain knows StableDiffusionPipeline (1.x and 2.x)")
+            raise ValueError(f"{model} is a {kind}, not a StableDiffusionPipeline (1.x and 2.x)")
         options = {_dtype_key(): DTYPES[dtype], "safety_checker": None, "feature_extractor": None}
         options |= {"requires_safety_checker": False, "use_safetensors": True}
         if dtype != "float32" and not here.is_dir():  # half the download, where the hub has it
@@ -372,3 +373,28 @@ def clip_tokenizer(merges: int = 48894) -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
+
+
+def random_clip(folder: str | Path, *, seed: int = 0, side: int = 16) -> Path:
+    """Writes a tiny CLIP of random weights as open_clip's own folder, for `rewards.open_clip_model("local-dir:...")`.
+
+    It has open_clip's whole vocabulary and reads images of `side` pixels; returns the folder.
+    """
+    from open_clip.model import CLIP
+    from safetensors.torch import save
+
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": side, "layers": 2, "width": 16, "head_width": 8, "patch_size": side // 4},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIP(**config)
+    about = {"model_cfg": config, "preprocess_cfg": {"mean": rewards.CLIP_MEAN, "std": rewards.CLIP_STD}}
+    folder = Path(folder)
+    runs.write_atomic(folder / "open_clip_config.json", json.dumps(about).encode())
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    runs.write_atomic(folder / "open_clip_model.safetensors", save(tensors))
+    return folder
