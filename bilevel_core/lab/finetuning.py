@@ -177,7 +177,7 @@ def slug(text: str) -> str:
     plain = text.replace(" ", "_")
     if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", plain):
         return plain
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", plain)[:40] + "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9-]+", "_", text)[:40] + "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 FULL_CAPTIONS = [text for text, place in captions.CAPTIONS.items() if captions.ABSENT not in place]
