@@ -11,7 +11,6 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
-READY_FULL := $(VENV)/installed-full
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 ifeq ($(filter $(PROFILE),smoke quick full),)
@@ -30,7 +29,7 @@ help:
 	@echo "make format                 format the code and strip the notebooks' outputs"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
-book: $(if $(filter full,$(PROFILE)),$(READY_FULL),$(READY))
+book: $(READY)
 	@$(BIN)/python book/build.py --profile $(PROFILE)
 
 test: fast
@@ -65,11 +64,6 @@ clean:
 $(READY): $(BIN)/python pyproject.toml $(wildcard $(CONSTRAINTS))
 	@echo "Installing the packages of the book into $(VENV) (once; some minutes)"
 	$(INSTALL) -e ".[book,test]"
-	@touch $@
-
-$(READY_FULL): $(READY)
-	@echo "Installing what the full profile needs besides"
-	$(INSTALL) -e ".[book,test,full]"
 	@touch $@
 
 $(BIN)/python:
