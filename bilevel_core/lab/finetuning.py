@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,9 @@ def bank(
     rewards  name -> callable of images (B, C, H, W) in [-1, 1], as the chain decodes them
     about    what decides the numbers besides chain, prompt, seed and batch: hashes of weights, settings of rewards
     wrap     denoiser -> denoiser, for guided samples; what decides it belongs into `about`
-    Returns every reward (n,) float32, "images" (n, C, H, W) uint8, and "cost" (), in image forwards. Larger n goes on
-    from a smaller one. Raises ValueError where a file was made otherwise, naming what differs.
+    Returns every reward (n,) float32, "images" (n, C, H, W) uint8, and of all batches the "cost" (), in image forwards,
+    and the "seconds" (). Larger n goes on from a smaller one. Raises ValueError where a file was made otherwise, naming
+    what differs.
     """
     from tqdm.auto import tqdm
 
@@ -128,15 +130,18 @@ def bank(
     config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
 
     def compute(first: int) -> dict[str, Tensor]:
+        began = time.perf_counter()
         x, cost = chain.sample(prompt, batch, seed, first=first, batch=batch, wrap=wrap, device=device)
-        return rewarded(chain.decode(x), rewards) | {"cost": torch.tensor([cost])}
+        with torch.no_grad():
+            found = rewarded(chain.decode(x), rewards)
+        return found | {"cost": torch.tensor([cost]), "seconds": torch.tensor([time.perf_counter() - began])}
 
     parts = []
     for first in tqdm(range(0, n, batch), desc=bar, disable=bar is None):
         path = folder / f"{slug(prompt)}_{seed}_{first}.safetensors"
         parts.append(kept(path, config, lambda first=first: compute(first)))
     joined = {name: torch.cat([part[name] for part in parts])[:n] for name in (*rewards, "images")}
-    return joined | {"cost": sum(part["cost"][0] for part in parts)}
+    return joined | {name: sum(part[name][0] for part in parts) for name in ("cost", "seconds")}
 
 
 @torch.no_grad()
@@ -163,13 +168,15 @@ def particles(
 
     steer   reward of decoded images;  temper: of the guide's potentials, see `guidance.LookAhead`
     """
+    began = time.perf_counter()
     generator = torch.Generator(device).manual_seed(seed)
     meter = CostMeter(chain.denoise(prompt))
     guide = chain.guide(meter, steer, lam, temper=temper)
     x_T = draw_x_T((n, *chain.shape), chain.abar, generator=generator, device=device)
     x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
     found = rewarded(chain.decode(x), rewards) | {"log_w": log_w.cpu()}
-    return found | {"log_z": torch.tensor(info["log_z"]).double(), "cost": torch.tensor([meter.cost])}
+    found |= {"log_z": torch.tensor(info["log_z"]).double(), "cost": torch.tensor([meter.cost])}
+    return found | {"seconds": torch.tensor([time.perf_counter() - began])}
 
 
 def slug(text: str) -> str:

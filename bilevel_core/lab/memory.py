@@ -13,8 +13,8 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,36 @@ class PeakMemory(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
+
+
+@contextmanager
+def remedies() -> Iterator[None]:
+    """Turns torch's errors of a full memory into a MemoryError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise MemoryError(
+                f"the memory is full ({' '.join(str(error).split())[:160]}). What was finished is kept; go on with "
+                "dtype = 'float16', micro_batch = 1, block_checkpoint = True, offload = True, or a smaller side"
+            ) from error
+        raise
+
+
+def check_fits(needed: float, device: torch.device | str) -> float:
+    """GiB free on a device; MemoryError, saying what to change, if fewer than `needed`."""
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / GIB
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available / GIB
+    if needed > free:
+        raise MemoryError(
+            f"a guided step needs about {needed:.1f} GiB and {free:.1f} are free on {device}: dtype = 'float16', "
+            "micro_batch = 1, checkpoint = True and block_checkpoint = True need least, then a smaller side"
+        )
+    return free
 
 
 def counted(size: str = "sd15", **options: Any) -> dict[str, float]:
