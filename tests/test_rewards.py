@@ -262,7 +262,7 @@ def test_human_preference_loads_a_checkpoint_into_a_named_model(tower, clip_fold
     file = save_as_torch({"epoch": 3, "state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
     images = torch.cat([unit(photograph(seed=s)) for s in range(4)])
     prompt = next(p for p in WORDS if tower.score(p)(images).max() > 1)
-    found = rewards.hps(prompt, file, name="ViT-tiny-test")(images)
+    found = rewards.hps_model(file, name="ViT-tiny-test").score(prompt)(images)
     expected = copy.deepcopy(tower.model)
     expected.load_state_dict(state)
     expected = rewards.OpenClip(expected, tower.tokenise, tower.prepare).score(prompt)(images)
@@ -273,9 +273,9 @@ def test_human_preference_loads_a_checkpoint_into_a_named_model(tower, clip_fold
     with pytest.raises(
         OSError, match="cut.pt of ViT-tiny-test cannot be loaded .* check that the file is there, whole"
     ):
-        rewards.hps(prompt, cut, name="ViT-tiny-test")
+        rewards.hps_model(cut, name="ViT-tiny-test")
     with pytest.raises(OSError, match="of ViT-B-32 cannot be loaded"):
-        rewards.hps(prompt, file, name="ViT-B-32")
+        rewards.hps_model(file, name="ViT-B-32")
 
 
 @pytest.mark.parametrize("kind", ["five layers", "linear"])
@@ -341,7 +341,7 @@ def test_missing_weights_say_what_to_do(tower, tmp_path, monkeypatch):
         rewards.open_clip_model()
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(OSError, match="xswu/HPSv2 .ConnectionError.*give its path as `file`"):
-        rewards.hps("a fox")
+        rewards.hps_model()
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(OSError, match="resnet18-.*give its path as `backbone`"):

@@ -10,10 +10,11 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from . import networks, pipelines, runs
+from .experiments import piece
 
 GIB = 2**30
+
+# What chapter 8 counts, and of it what a CPU with 16 GiB can run in minutes: (options, measured there)
+FULL = {"side": 512, "dtype": "float16"}
+SETTINGS: tuple[tuple[dict[str, Any], bool], ...] = (
+    ({**FULL, "dtype": "float32", "checkpoint": False}, False),
+    ({**FULL, "dtype": "float32"}, False),
+    ({**FULL, "checkpoint": False}, False),
+    ({**FULL}, False),
+    ({**FULL, "block_checkpoint": True}, False),
+    ({**FULL, "rows": 4, "micro_batch": 4}, False),
+    ({**FULL, "rows": 4, "micro_batch": 1}, False),
+    ({**FULL, "side": 768, "block_checkpoint": True}, False),
+    ({**FULL, "dtype": "float32", "block_checkpoint": True}, True),
+    ({"side": 256, "dtype": "float32", "checkpoint": False}, True),
+    ({"side": 256, "dtype": "float32"}, True),
+    ({"side": 256, "dtype": "float32", "block_checkpoint": True}, True),
+    ({"side": 256, "dtype": "bfloat16"}, True),
+)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -119,6 +139,34 @@ def measured(
             timed[name].append(time.perf_counter() - start)
     found = {name: statistics.median(values) for name, values in timed.items()}
     return _report(weights, 0) | found | {"peak": _peak_bytes(torch.device(device)) / GIB}
+
+
+def survey(
+    folder: Path, device: torch.device | str = "cpu", settings: Sequence[tuple[dict[str, Any], bool]] = SETTINGS
+) -> list[dict[str, Any]]:
+    """A row for each setting: its options, what `counted` says, and what `measured` says, each in a new process, where
+    the setting is marked or the device is no CPU. Kept in `folder`, setting by setting."""
+    rows = []
+    for options, here in settings:
+
+        def compute(options: dict = options, here: bool = here) -> dict[str, Any]:
+            found: dict[str, Any] = {"counted": counted(**options), "measured": None}
+            if here or torch.device(device).type != "cpu":
+                command = [sys.executable, "-m", "bilevel_core.lab.memory", "--device", str(device)]
+                for name, value in options.items():
+                    flag = name.replace("_", "-")
+                    on = ["--" + flag] if value else ["--no-" + flag]
+                    command += on if isinstance(value, bool) else ["--" + flag, str(value)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"measuring {options} failed: {done.stderr[-500:]}")
+                found["measured"] = json.loads(done.stdout.splitlines()[-1])
+            return found
+
+        name = "_".join(f"{key}-{value}" for key, value in options.items())
+        found = piece(folder / f"memory_{name}.json", {"options": options, "device": str(device)}, compute)
+        rows.append(options | {key: found[key] for key in ("counted", "measured")})
+    return rows
 
 
 def _set_up(

@@ -31,6 +31,79 @@ DRAWING = METHODS[3:]
 BOUNDS = (0.01, 100.0)
 
 
+NAMES = ("clip", "hps", "aesthetic", "resnet", "random")
+
+
+def load_rewards(
+    upper: str,
+    lower: str,
+    *,
+    clip: tuple[str, str] = ("ViT-B-16-quickgelu", "openai"),
+    hps_file: str = "",
+    aesthetic_file: str = "",
+    device: torch.device | str = "cpu",
+) -> tuple[Callable[[str], tuple[rewards.Reward, rewards.Reward]], Callable[[Tensor], Tensor]]:
+    """`Study.rewards` by two of NAMES, and `Study.features`: the image embedding of the CLIP.
+
+    "clip"    the CLIP score, by an open_clip model and its weights, as `rewards.open_clip_model` takes them
+    "hps", "aesthetic"  need their files, see `rewards`: the first is fetched if hps_file is empty, the second reads
+              the embedding of ViT-L/14, unless its name says vit_b_16
+    "resnet"  the released one, on ImageNet's backbone;  "random": the same without a backbone, which needs no download
+    Networks are loaded once, for all prompts. Raises ValueError for another name; OSError for what is missing.
+    """
+    for name in (upper, lower):
+        if name not in NAMES:
+            raise ValueError(f"reward {name!r} is not one of {', '.join(NAMES)}")
+    tower = rewards.open_clip_model(*clip, device)
+    blind: dict[str, rewards.Reward] = {}
+    if "aesthetic" in (upper, lower):
+        small = "vit_b_16" in Path(aesthetic_file).name
+        head = tower if small else rewards.open_clip_model("ViT-L-14-quickgelu", "openai", device)
+        blind["aesthetic"] = rewards.aesthetic(aesthetic_file, head)
+    if "resnet" in (upper, lower):
+        blind["resnet"] = rewards.RandomResNet(backbone="imagenet").to(device)
+    if "random" in (upper, lower):
+        blind["random"] = rewards.RandomResNet().to(device)
+    human = rewards.hps_model(hps_file or None, device=device) if "hps" in (upper, lower) else None
+
+    def of(name: str, prompt: str) -> rewards.Reward:
+        if name in blind:
+            return blind[name]
+        return (tower if name == "clip" else human).score(prompt)
+
+    return lambda prompt: (of(upper, prompt), of(lower, prompt)), tower.embed
+
+
+def downloads(model: str, dtype: str, upper: str, lower: str, clip: tuple[str, str]) -> list[dict[str, Any]]:
+    """What would be fetched before a study can start: "what" and "gib", counted from the shapes of the networks.
+
+    Nothing for folders and what the hub's cache holds; a model id is taken to have the size of Stable Diffusion 1.5.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    def clip_gib(name: str) -> float:
+        import open_clip
+
+        with torch.device("meta"):
+            network = open_clip.model.CLIP(**open_clip.get_model_config(name))
+        return sum(weight.numel() for weight in network.parameters()) * 4 / memory.GIB
+
+    rows = []
+    if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "model_index.json"), str):
+        size = memory.counted("sd15", side=64, dtype=dtype, reward=None)["weights"]
+        rows.append({"what": model, "gib": size})
+    if not clip[0].startswith("local-dir:") and not Path(clip[1]).suffix:
+        rows.append({"what": f"open_clip {clip[0]}, {clip[1]}", "gib": clip_gib(clip[0])})
+    for name, what, size in (
+        ("hps", "xswu/HPSv2", lambda: clip_gib("ViT-H-14") / 2),
+        ("aesthetic", "open_clip ViT-L-14-quickgelu, openai", lambda: clip_gib("ViT-L-14")),
+        ("resnet", "torchvision ResNet-18", lambda: 44.7e6 / memory.GIB),
+    ):
+        if name in (upper, lower):
+            rows.append({"what": what, "gib": size()})
+    return rows
+
+
 @dataclass(frozen=True)
 class Study:
     """What decides the results of all stages; see the module.

@@ -1,7 +1,8 @@
 """Rewards of images (B, C, H, W) in [-1, 1], C = 1 or 3: callables to (B,), differentiable in the images.
 
-For digits `ink`, `boldness` and `RandomResNet`; for photographs `clip_score`, `hps`, `aesthetic` and the released
-ResNet, `RandomResNet("imagenet")`. Those look at images as the models' own preprocessing would, see `Preprocess`.
+For digits `ink`, `boldness` and `RandomResNet`; for photographs the scores of `open_clip_model` and `hps_model`,
+`aesthetic`, and the released ResNet, `RandomResNet(backbone="imagenet")`. Those look at images as the models' own
+preprocessing would, see `Preprocess`.
 """
 
 from __future__ import annotations
@@ -249,13 +250,13 @@ def open_clip_model(
     return OpenClip(model.to(device).eval().requires_grad_(False), tokenise, prepare)
 
 
-def hps(
-    prompt: str, file: str | Path | None = None, *, name: str = "ViT-H-14", device: torch.device | str = "cpu"
-) -> Reward:
-    """Human Preference Score v2 (Wu et al., arXiv 2306.09341) of a prompt, times 100: a CLIP tuned to human choices.
+def hps_model(
+    file: str | Path | None = None, *, name: str = "ViT-H-14", device: torch.device | str = "cpu"
+) -> OpenClip:
+    """Human Preference Score v2 (Wu et al., arXiv 2306.09341), a CLIP tuned to human choices: its `score` of a prompt.
 
     file  `HPS_v2.1_compressed.pt` or `HPS_v2_compressed.pt` of the hub's xswu/HPSv2 (2 GB; a dict with "state_dict"),
-          fetched if None
+          fetched if None. The score is 100 times that of its own package
     """
     if file is None:
         from huggingface_hub import hf_hub_download
@@ -267,7 +268,7 @@ def hps(
                 f"HPS_v2.1_compressed.pt cannot be fetched from the hub's xswu/HPSv2 ({type(error).__name__}): "
                 "download it elsewhere and give its path as `file`"
             ) from error
-    return open_clip_model(name, file, device).score(prompt)
+    return open_clip_model(name, file, device)
 
 
 def aesthetic(file: str | Path, tower: OpenClip) -> Reward:
