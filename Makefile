@@ -17,7 +17,7 @@ ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book test fast lab bench format clean
+.PHONY: help book test fast lab bench sweep format clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
@@ -26,6 +26,8 @@ help:
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
 	@echo "make bench                  benchmarks of sampling, guidance and training, printed tables"
+	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
+	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
 	@echo "make format                 format the code and strip the notebooks' outputs"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
@@ -49,6 +51,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/training.py
+
+WORKERS ?= 1
+sweep: $(READY)
+	@test -n "$(NOTEBOOK)" -a -n "$(GRID)" -a -n "$(OUT)" || { \
+	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
+	$(BIN)/python -m bilevel_core.lab.sweep $(NOTEBOOK) $(GRID) $(OUT) --workers $(WORKERS) $(addprefix --cluster ,$(CLUSTER))
 
 format: $(READY)
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb

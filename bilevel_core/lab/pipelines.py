@@ -296,6 +296,16 @@ def _dtype_key() -> str:
     return "dtype" if version >= (0, 42) else "torch_dtype"
 
 
+def quiet() -> None:
+    """No progress bars of diffusers and transformers while they load, for pages and logs."""
+    _need_transformers()
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _need_transformers() -> None:
     try:
         import accelerate  # noqa: F401
