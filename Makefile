@@ -25,7 +25,7 @@ help:
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
-	@echo "make bench                  benchmarks of sampling, guidance and training, printed tables"
+	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
 	@echo "make format                 format the code and strip the notebooks' outputs"
@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/schedule.py
 
 WORKERS ?= 1
 sweep: $(READY)

@@ -273,6 +273,13 @@ def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: 
     return high
 
 
+def refuse_changes(saved: dict, config: dict) -> None:
+    """Raises ValueError, naming what differs, unless a saved run had the parameters `config`."""
+    changed = ", ".join(f"{n}: {saved.get(n)} -> {config[n]}" for n in sorted(config) if saved.get(n) != config[n])
+    if changed:
+        raise ValueError(f"the saved run has other parameters ({changed}); restore them or use another work_dir")
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """One step of Algorithm 3: its number from 1, the loss, and the cost so far in units of one image forward."""
@@ -377,14 +384,11 @@ class ScoreTraining:
 
     def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Continues from a saved state, bit for bit. Raises ValueError if a parameter differs, naming it."""
-        config = self.config()
-        changed = {name for name in config if meta["config"].get(name) != config[name]}
-        if changed:
-            listed = ", ".join(f"{n}: {meta['config'].get(n)} -> {config[n]}" for n in sorted(changed))
-            raise ValueError(f"the saved run has other parameters ({listed}); restore them or use another work_dir")
+        refuse_changes(meta["config"], self.config())
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            # Clones: the optimiser would else go on in the given tensors themselves.
+            return {n[len(prefix) :]: value.clone() for n, value in tensors.items() if n.startswith(prefix)}
 
         self.denoiser.load_state_dict(part("denoiser."))
         self.ema.load_state_dict(part("ema."))
@@ -406,6 +410,7 @@ def train_score(
     *,
     steps: int,
     condition: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    extra: Callable[[nn.Module, int], Tensor] | None = None,
 ) -> Iterator[TrainStep]:
     """Algorithm 3: trains eps_theta by E ||eps_theta(x_t, t) - eps||^2 over x_0, t ~ U{1..T}, eps ~ N(0, I).
 
@@ -414,6 +419,8 @@ def train_score(
     abar       (T+1,) signal levels
     steps      number of steps in all, those already in `state` included
     condition  (rows (B,) of x0, generator) -> what a conditional denoiser takes as its third argument, such as captions
+    extra      (denoiser, step) -> a second loss (), added to the first, such as f/gamma in Algorithm 6; its cost is not
+               counted here
     Yields a TrainStep for each. Raises FloatingPointError, before the weights are touched, if the loss is not finite.
     """
     T = len(abar) - 1
@@ -425,5 +432,7 @@ def train_score(
         eps = torch.randn(x.shape, **draw, dtype=x.dtype)
         x_t = schedules.noise(x, eps, abar[t.to(abar.device)])
         loss = (state.denoiser(x_t, t, *given) - eps).square().mean()
+        if extra is not None:
+            loss = loss + extra(state.denoiser, state.step)
         value = state.update(loss, 3 * len(x))
         yield TrainStep(state.step, value, state.cost)

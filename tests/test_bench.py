@@ -35,6 +35,27 @@ def test_a_table_with_a_row_for_each_variant(root, script, variants):
 
 
 @pytest.mark.slow
+def test_learning_a_schedule_is_compared_with_the_released_procedure(root):
+    """At N = 5 the released procedure makes 26 N + 13 = 143 network calls; at its own N = 50 they are 1313."""
+    small = ["--batch", "8", "--steps", "5", "--images", "40", "--draws", "3", "--train", "3", "--warm", "2"]
+    done = run(root, "schedule.py", *SMALL, *small)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    assert "143 network calls: used 15.4%, without effect 77.6%, only logged 7.0%" in text
+    number = r" +-?[\d.,]+"
+    outer = re.findall(rf"^(released|ours|... at 5 DDIM steps)(?:{number}){{6}}", text, re.MULTILINE)
+    assert outer == ["released", "ours", "... at 5 DDIM steps"], text
+    cost = 40 * (100 + 10 + 4 * 5) + 8 * (3 * 10 + 3 + 2 + 2)
+    assert re.search(rf"^released +{cost:,} ", text, re.MULTILINE), text
+    found = re.findall(rf"^(\S.*?)(?:{number}){{2}} {{2}}(?:{number}){{6}} +\d+\.\d\d$", text, re.MULTILINE)
+    assert found[:3] == ["forward", "reverse", "... last third"] and len(found) == 7, text
+    memory = re.findall(r"^([a-z]+)(?: +\d+){3}$", text, re.MULTILINE)
+    assert memory[1:] == ["forward", "reverse", "checkpointed", "truncated"], text
+    rates = re.findall(rf"^(\S.*?){number} +{RATIO}(?:{number}){{2}} +[\d.]+%$", text, re.MULTILINE)
+    assert rates == ["float32", "... channels last", "bfloat16", "... bf16, last"], text
+
+
+@pytest.mark.slow
 def test_options_are_explained_and_checked(root):
     assert "--repeats" in run(root, "training.py", "--help").stdout
     wrong = run(root, "sampler.py", "--batch", "0")

@@ -38,6 +38,11 @@ def tilt() -> Explorer:
     return explorers.tilt_explorer(samples=1500, points=60, steps=60)
 
 
+@pytest.fixture(scope="module")
+def gamma() -> Explorer:
+    return explorers.gamma_explorer()
+
+
 def frames(prompt: int, lams=(0.1, 1.0, 10.0, math.inf)) -> list[explorers.Tilted]:
     images = [(torch.arange(2 * 64).reshape(2, 8, 8) * (0.1 + i + prompt)).sin() for i in range(len(lams))]
     return [
@@ -148,8 +153,8 @@ def test_embedded_text_cannot_leave_the_script():
     assert "<i>" not in page and 'aria-label="&quot;&lt;"' in page
 
 
-def test_pages_are_small_self_contained_and_deterministic(schedule, penalty):
-    for explorer in (schedule, penalty):
+def test_pages_are_small_self_contained_and_deterministic(schedule, penalty, gamma):
+    for explorer in (schedule, penalty, gamma):
         page = explorer.html()
         assert len(page.encode()) < 40_000
         assert set(re.findall(r"https?://[^\"' )]+", page)) <= {"http://www.w3.org/2000/svg"}
@@ -198,8 +203,8 @@ def test_schedule_explorer_speaks_where_q_is_not_admissible_or_does_not_reach_no
     assert "abar_T" in dark["message"] and readout(dark)["ᾱ_{T}"] >= schedules.MIN_ABAR
 
 
-def test_no_setting_of_the_sliders_is_dead(schedule, penalty, lam, tilt):
-    for explorer in (schedule, penalty, lam, tilt):
+def test_no_setting_of_the_sliders_is_dead(schedule, penalty, lam, tilt, gamma):
+    for explorer in (schedule, penalty, lam, tilt, gamma):
         for values in corners(explorer):
             result = explorer.evaluate(**values)
             assert result["readout"], f"nothing is drawn at {values}"
@@ -301,6 +306,30 @@ def test_samples_explorer_shows_what_it_was_given(samples):
         explorers.samples_explorer(
             {"a": frames(0), "b": frames(0, (0.1, 1.0))}, up="CLIP", low="boldness", note="made up"
         )
+
+
+@pytest.mark.parametrize("value, end", [(1.0, 0.8), (1e3, 0.9), (1e6, 1.0)])
+def test_gamma_explorer_is_the_oracle(gamma, value, end):
+    oracle, q = oracles.LinearGaussianSchedule(), torch.tensor([0.0, end, 1.0, 0.008], dtype=torch.float64)
+    star, tilted = oracle.solve_star(q), oracle.solve_gamma(q, value)
+    assert torch.allclose(explorers.linear_gaussian_gamma(oracle, q, value), tilted, rtol=0, atol=1e-10)
+    grad, info = estimators.penalty_grad(oracle, q, star, tilted, value)
+    hyper = torch.autograd.functional.jacobian(oracle.value, q)
+    for k, which in enumerate(("start", "end", "tau")):
+        found = readout(gamma.evaluate(gamma=value, end=end, which=which))
+        assert found["f at θ_{γ}"] == pytest.approx(info["f"], rel=1e-4)
+        assert found[f"penalty gradient in {which}"] == pytest.approx(grad[k].item(), rel=1e-4, abs=1e-9)
+        assert found[f"hypergradient in {which}"] == pytest.approx(hyper[k].item(), rel=1e-5)
+
+
+def test_gamma_explorer_says_who_absorbs_f(gamma):
+    found = {value: gamma.evaluate(gamma=value) for value in (1.0, 100.0, 1e4)}
+    assert "wrong way" in found[1.0]["message"] and "absorbs 100 % of f" in found[1.0]["message"]
+    assert "off by more than a tenth" in found[100.0]["message"] and found[100.0]["warn"]
+    assert not found[1e4]["warn"]
+    wrong_start = torch.tensor([0.0, 0.2, 1.0, 0.008], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"G = 0\.8602 must not exceed s = 0\.5; take oracle\.solve_gamma"):
+        explorers.linear_gaussian_gamma(oracles.LinearGaussianSchedule(), wrong_start, 10.0)
 
 
 # ---- in a live kernel ---------------------------------------------------------------------------------------------
@@ -438,7 +467,7 @@ def assert_same(ours: dict, theirs: dict, where: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt", "samples"])
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt", "samples", "gamma"])
 def test_javascript_agrees_with_python(which, page, request):
     explorer = request.getfixturevalue(which)
     page.set_content(document(explorer))
@@ -451,6 +480,8 @@ def test_javascript_agrees_with_python(which, page, request):
         ]
     elif which == "tilt":
         settings += [{"lam": v} for v in (0.45, 0.9, 1.6, 6.3)]
+    elif which == "gamma":
+        settings += [{"gamma": g, "end": e, "which": "tau"} for g in (3.2, 1e3, 3.2e6) for e in (0.86, 0.94, 1.0)]
     elif which == "samples":
         settings += [{"at": at, "prompt": prompt} for at in range(4) for prompt in ("a bold two", "a five")]
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import schedules
 from ..algorithms import ScoreTraining, train_score
@@ -81,24 +81,76 @@ def generate(
     return torch.cat(images)
 
 
+def recipe(network: nn.Module, *, steps: int, batch_size: int, seed: int) -> ScoreTraining:
+    """Algorithm 3 as all experiments train: AdamW 2e-3, warm-up, cosine decay to zero at `steps`, moving average."""
+    warmup = min(200, steps // 5)
+    options = {"lr": 2e-3, "warmup": warmup, "decay_steps": steps, "ema_decay": 0.995, "seed": seed}
+    return ScoreTraining(network, batch_size=batch_size, **options)
+
+
 def train_denoiser(
-    x0: Tensor, abar: Tensor, size: str, *, steps: int, batch_size: int, seed: int, path: Path, bar: str | None = None
+    x0: Tensor,
+    abar: Tensor,
+    size: str,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    path: Path,
+    start: dict[str, Tensor] | None = None,
+    bar: str | None = None,
 ) -> ScoreTraining:
-    """Algorithm 3 on images x0, resumable at `path`: AdamW 2e-3, warm-up, cosine decay, moving average."""
+    """`recipe` on images x0, resumable at `path`; weights begin at random, or as the state dict `start` has them."""
     network = networks.Denoiser(size, seed=seed).to(x0.device)
-    state = ScoreTraining(
-        network,
-        batch_size=batch_size,
-        lr=2e-3,
-        warmup=min(200, steps // 5),
-        decay_steps=steps,
-        ema_decay=0.995,
-        seed=seed,
-    )
+    if start is not None:
+        network.load_state_dict(start)
+    state = recipe(network, steps=steps, batch_size=batch_size, seed=seed)
     loop = train_score(state, x0, abar, steps=steps)
     for _ in checkpointed(loop, state, path, steps=steps, every=200, bar=bar):
         pass
     return state
+
+
+def real_features(name: str, split: str) -> Tensor:
+    """Features (m, d), float64 on the CPU, of a split of IMAGES[name] by its classifier; MNIST's are shipped."""
+    dataset, side, _, classifier = IMAGES[name]
+    if dataset == "mnist":
+        return networks.reference_features(classifier, split)
+    return networks.load_classifier(classifier).features(data.load(dataset, split, side)[0]).double()
+
+
+def measure(
+    sampler: Callable,
+    abar: Tensor,
+    steps: int,
+    side: int,
+    classifier: networks._Classifier,
+    reference: Tensor,
+    *,
+    n: int,
+    eta: float = 0.0,
+    seed: int,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    subsets: int = 100,
+) -> dict[str, float]:
+    """What n samples of `generate` in so many DDIM steps are worth, against the features (m, d) of real images.
+
+    Returns "frechet" and "kid" (over so many subsets) of the classifier's features, the classifier's "score", and the
+    "cost" of sampling in image forwards. force=True allows too few samples for a distance, which then means nothing.
+    """
+    meter = CostMeter(sampler)
+    images = generate(meter, abar, timesteps(len(abar) - 1, steps), n, side, eta=eta, seed=seed, device=device)
+    with torch.no_grad():
+        features = torch.cat([classifier.features(x) for x in images.split(1000)])
+        logits = classifier.head(features).cpu()
+    features = features.double().cpu()
+    return {
+        "cost": meter.cost,
+        "frechet": metrics.frechet(features, reference, force=force),
+        "kid": metrics.kid(features, reference, subsets=subsets, seed=seed)[0],
+        "score": metrics.classifier_score(logits),
+    }
 
 
 def sampling_study(
@@ -141,23 +193,14 @@ def sampling_study(
         bar, path = f"{name}, end {end:g}, seed {seed}: training", folder / f"{name}_{end:g}_{seed}.safetensors"
         options = {"steps": train_steps, "batch_size": batch_size, "seed": seed, "path": path, "bar": bar}
         state = train_denoiser(x0.to(device), abar, size, **options)
-        if dataset == "mnist":
-            reference = networks.reference_features(classifier_name, "test")
-        else:
-            reference = classifier.features(data.load(dataset, "test", side)[0].to(device)).double().cpu()
+        reference = real_features(name, "test")
         network = state.ema.eval()
         sampler = fast(network, x0[:1]) if torch.device(device).type == "cpu" else network
         found = []
         for grid, eta in itertools.product(grids, etas):
-            meter, ts = CostMeter(sampler), timesteps(T, grid)
-            images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
-            with torch.no_grad():
-                features = torch.cat([classifier.features(x) for x in images.split(1000)])
-                logits = classifier.head(features).cpu()
-            row = {"seed": seed, "end": end, "steps": grid, "eta": eta, "cost": meter.cost}
-            row["frechet"] = metrics.frechet(features.double().cpu(), reference, force=force)
-            row["kid"] = metrics.kid(features.double().cpu(), reference, seed=seed)[0]
-            row["score"] = metrics.classifier_score(logits)
+            row = {"seed": seed, "end": end, "steps": grid, "eta": eta}
+            options = {"n": n, "eta": eta, "seed": seed, "device": device, "force": force}
+            row |= measure(sampler, abar, grid, side, classifier, reference, **options)
             found.append(row)
         loss = sum(state.losses[-100:]) / len(state.losses[-100:])
         return {"rows": found, "train_cost": state.cost, "final_loss": loss}
