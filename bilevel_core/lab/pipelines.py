@@ -239,7 +239,7 @@ def load(
         length = len(pipe.tokenizer(prompt).input_ids)
         if length > limit:
             warnings.warn(f"the prompt has {length} tokens; the model reads the first {limit}", stacklevel=2)
-        return pipe.encode_prompt(prompt, device, 1, False)[0].float()
+        return pipe.encode_prompt(prompt, device, 1, False)[0]
 
     options = {"scale": 7.5, "steps": 50, "eta": 1.0} | options
     rows = micro_batch and micro_batch * (2 if options["scale"] not in (0, 1) else 1)
