@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel_core import schedules
-from bilevel_core.lab import finetuning, memory, reward_study
+from bilevel_core.lab import finetuning, memory, pipelines, reward_study, rewards
 
 SD, SIDE, AIM = 0.2, 4, 0.06
 MEAN_SD = SD / SIDE  # of the mean pixel
@@ -203,3 +203,35 @@ def test_a_full_memory_names_the_remedies(study, monkeypatch):
     assert memory.check_fits(0.001, "cpu") > 0.001
     with pytest.raises(MemoryError, match="needs about 1000000.0 GiB and .* are free on cpu: dtype = 'float16'"):
         memory.check_fits(1e6, "cpu")
+
+
+def test_rewards_by_name_share_their_networks(tmp_path):
+    from safetensors.torch import save_file
+
+    local = (f"local-dir:{pipelines.random_clip(tmp_path / 'clip')}", "")
+    images = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    of_prompt, embed = reward_study.load_rewards("clip", "random", clip=local)
+    up_fox, low_fox = of_prompt("a fox")
+    up_dog, low_dog = of_prompt("two dogs on a hill")
+    assert low_fox is low_dog and not torch.equal(up_fox(images), up_dog(images))
+    torch.testing.assert_close(low_fox(images), rewards.RandomResNet()(images))
+    torch.testing.assert_close(embed(images), rewards.open_clip_model(local[0]).embed(images))
+    file = tmp_path / "sa_0_4_vit_b_16_linear.safetensors"
+    save_file({"weight": torch.ones(1, 16), "bias": torch.full((1,), 5.0)}, file)
+    _, beauty = reward_study.load_rewards("clip", "aesthetic", clip=local, aesthetic_file=str(file))[0]("a fox")
+    torch.testing.assert_close(beauty(images), embed(images).sum(1) + 5)
+    with pytest.raises(ValueError, match="reward 'beauty' is not one of clip, hps, aesthetic, resnet, random"):
+        reward_study.load_rewards("beauty", "random", clip=local)
+
+
+def test_what_would_be_downloaded_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "counted", lambda size, **options: {"weights": 2.0})
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    rows = reward_study.downloads("a/b", "float16", "clip", "resnet", ("ViT-B-16-quickgelu", "openai"))
+    assert [row["what"].split()[0] for row in rows] == ["a/b", "open_clip", "torchvision"]
+    assert rows[1]["gib"] * memory.GIB == pytest.approx(149_620_737 * 4)  # the weights of ViT-B/16
+    large = reward_study.downloads("a/b", "float16", "hps", "aesthetic", (f"local-dir:{tmp_path}", ""))
+    assert [row["what"].split()[0] for row in large] == ["a/b", "xswu/HPSv2", "open_clip"]
+    assert not reward_study.downloads(str(tmp_path), "float16", "clip", "random", (f"local-dir:{tmp_path}", ""))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: "/cache/model_index.json")
+    assert not reward_study.downloads("a/b", "float16", "clip", "random", ("ViT-B-16", str(tmp_path / "weights.pt")))

@@ -493,6 +493,7 @@ def versions() -> dict[str, str]:
         "numpy",
         "scipy",
         "diffusers",
+        "transformers",
         "torchmetrics",
         "torchvision",
         "scikit-learn",
