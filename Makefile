@@ -11,14 +11,13 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
-READY_FULL := $(VENV)/installed-full
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book test fast lab bench format clean
+.PHONY: help book test fast lab bench sweep format clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
@@ -27,10 +26,12 @@ help:
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
 	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
+	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
+	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
 	@echo "make format                 format the code and strip the notebooks' outputs"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
-book: $(if $(filter full,$(PROFILE)),$(READY_FULL),$(READY))
+book: $(READY)
 	@$(BIN)/python book/build.py --profile $(PROFILE)
 
 test: fast
@@ -52,6 +53,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/schedule.py
 
+WORKERS ?= 1
+sweep: $(READY)
+	@test -n "$(NOTEBOOK)" -a -n "$(GRID)" -a -n "$(OUT)" || { \
+	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
+	$(BIN)/python -m bilevel_core.lab.sweep $(NOTEBOOK) $(GRID) $(OUT) --workers $(WORKERS) $(addprefix --cluster ,$(CLUSTER))
+
 format: $(READY)
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 	$(BIN)/ruff check --fix .
@@ -66,11 +73,6 @@ clean:
 $(READY): $(BIN)/python pyproject.toml $(wildcard $(CONSTRAINTS))
 	@echo "Installing the packages of the book into $(VENV) (once; some minutes)"
 	$(INSTALL) -e ".[book,test]"
-	@touch $@
-
-$(READY_FULL): $(READY)
-	@echo "Installing what the full profile needs besides"
-	$(INSTALL) -e ".[book,test,full]"
 	@touch $@
 
 $(BIN)/python:

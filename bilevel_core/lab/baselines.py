@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,12 @@ def bayesian(
     trials: int = 20,
     bounds: tuple[float, float] = BOUNDS,
     name: str = "Bayesian",
+    storage: str | Path | None = None,
 ) -> Search:
     """Bayesian optimisation of log lam: optuna's Gaussian process with noise, after four random trials.
 
+    storage  a journal file in which optuna keeps the trials: a search that was cut off goes on, and processes that
+             share it share one search. It is then no longer deterministic given its seed.
     The process sees asinh(mean): the same maximum, and rewards that differ by orders of magnitude within the bounds (a
     mixture's mean at lam = 0.01, in units of the standard deviation under p_0) do not flatten its model near it.
     """
@@ -117,13 +121,17 @@ def bayesian(
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=4)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        found = []
-        for _ in range(trials):
+        journal = optuna.storages.journal
+        shared = storage and optuna.storages.JournalStorage(journal.JournalFileBackend(str(storage)))
+        study = optuna.create_study(direction="maximize", storage=shared, study_name=name, load_if_exists=True)
+        study.sampler = optuna.samplers.GPSampler(seed=seed + len(study.trials), n_startup_trials=4)
+        done = optuna.trial.TrialState.COMPLETE
+        while len(study.get_trials(states=(done,))) < trials:
             ask = study.ask()
-            found.append(_trial(evaluate, ask.suggest_float("lam", low, high, log=True), n, seed))
-            study.tell(ask, math.asinh(found[-1].mean))
+            trial = _trial(evaluate, ask.suggest_float("lam", low, high, log=True), n, seed)
+            ask.set_user_attr("trial", trial)
+            study.tell(ask, math.asinh(trial.mean))
+        found = [Trial(*each.user_attrs["trial"]) for each in study.get_trials(states=(done,))]
     finally:
         optuna.logging.set_verbosity(before)
     return _best(name, found)

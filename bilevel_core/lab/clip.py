@@ -42,23 +42,35 @@ def load() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def encode_images(model: nn.Module, images: Tensor) -> Tensor:
-    """Unit vectors (B, 64) of images (B, 1, 28, 28) in [-1, 1]; the grey channel is given three times."""
-    return model.encode_image(images.expand(-1, 3, -1, -1), normalize=True)
+def grey(images: Tensor) -> Tensor:
+    """What the small CLIP looks at: the grey channel of images (B, 1, 28, 28) three times."""
+    return images.expand(-1, 3, -1, -1)
 
 
-def score(model: nn.Module, prompt: str) -> Callable[[Tensor], Tensor]:
-    """The CLIP score of a prompt as a reward: images (B, 1, 28, 28) in [-1, 1] -> (B,), max(100 cos, 0).
+def encode_images(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor] = grey) -> Tensor:
+    """Unit vectors (B, D) of images in [-1, 1], which `prepare` makes ready for the model."""
+    return model.encode_image(prepare(images), normalize=True)
 
+
+def score(
+    model: nn.Module,
+    prompt: str,
+    *,
+    tokenise: Callable[[list[str]], Tensor] = captions.encode,
+    prepare: Callable[[Tensor], Tensor] = grey,
+) -> Callable[[Tensor], Tensor]:
+    """The CLIP score of a prompt as a reward: images (B, C, H, W) in [-1, 1] -> (B,), max(100 cos, 0).
+
+    tokenise, prepare  prompts -> token ids, images -> what the model takes: those of the small CLIP, or another's
     Scaled as in torchmetrics' CLIPScore; differentiable in the images where it is positive. Raises ValueError for a
-    prompt with unknown words.
+    prompt that the small CLIP's words cannot say.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        text = model.encode_text(captions.encode([prompt]).to(device), normalize=True)[0]
+        text = model.encode_text(tokenise([prompt]).to(device), normalize=True)[0]
 
     def reward(images: Tensor) -> Tensor:
-        return (100 * encode_images(model, images) @ text).clamp(min=0)
+        return (100 * encode_images(model, images, prepare) @ text).clamp(min=0)
 
     return reward
 

@@ -46,6 +46,20 @@ def piece(path: Path, config: dict, compute: Callable[[], dict]) -> dict:
     return found
 
 
+def kept(path: Path | None, config: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`piece` for tensors: compute(), or what it gave before if `path` (None: nowhere) holds it, checked and atomic."""
+    if path is None or not path.exists():
+        tensors = compute()
+        if path is not None:
+            runs.save_state(path, tensors, config)
+        return tensors
+    tensors, found = runs.load_state(path)
+    changed = [key for key in config if found.get(key) != config[key]]
+    if changed:
+        raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+    return tensors
+
+
 @torch.no_grad()
 def generate(
     denoiser: Callable,

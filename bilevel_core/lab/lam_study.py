@@ -29,10 +29,8 @@ from tqdm.auto import tqdm
 
 from .. import estimators
 from ..algorithms import TiltSamples
-from ..guidance import CostMeter, LookAhead
-from ..samplers import draw_x_T, sample_particles
-from . import baselines, captions, clip, data, metrics, networks, rewards, runs
-from .experiments import piece
+from . import baselines, captions, clip, data, finetuning, metrics, networks, rewards, runs
+from .experiments import kept, piece
 from .finetuning import Chain, bank
 
 VALIDATION = ("a bold three", "a medium three", "a thin zero leaning left", "a bold six")
@@ -95,26 +93,16 @@ def particles(
     config = {"prompt": prompt, "low": low, "lam": lam, "n": n, "seed": seed, "mean": mean, "sd": sd, "temper": TEMPER}
     config |= {"scale": chain.scale, "steps": chain.steps, "eta": chain.eta} | _about()
     path = folder and folder / f"{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.safetensors"
-    if path and path.exists():
-        tensors, found = runs.load_state(path)
-        changed = [key for key in config if found.get(key) != config[key]]
-        if changed:
-            raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
-        return tensors | {"cost": tensors["cost"][0]}
-    reward, up = lower_rewards(device)[low], clip.score(clip.load().to(device), prompt)
-    generator = torch.Generator(device).manual_seed(seed)
-    meter = CostMeter(chain.denoise(heard(prompt)))
-    guide = LookAhead(meter, lambda x: (reward(x.clamp(-1, 1)) - mean) / sd, lam, chain.abar, chain.ts, temper=TEMPER)
-    x_T = draw_x_T((n, 1, 28, 28), chain.abar, generator=generator, device=device)
-    with torch.no_grad():
-        x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
-        x = x.clamp(-1, 1)
-        found = {"clip": up(x), low: reward(x), "log_w": log_w, "log_z": torch.tensor(info["log_z"]).double()}
-    found["images"] = ((x + 1) * 127.5).round().to(torch.uint8)
-    tensors = {name: value.cpu().contiguous() for name, value in found.items()}
-    if path:
-        runs.save_state(path, tensors | {"cost": torch.tensor([meter.cost])}, config)
-    return tensors | {"cost": torch.tensor(meter.cost)}
+
+    def compute() -> dict[str, Tensor]:
+        reward = lower_rewards(device)[low]
+        found = {"clip": clip.score(clip.load().to(device), prompt), low: reward}
+        steer = rewards.Standardised(reward, mean, sd)
+        options = {"temper": TEMPER, "device": device}
+        return finetuning.particles(chain, heard(prompt), steer, lam, n, seed, found, **options)
+
+    tensors = kept(path, config, compute)
+    return tensors | {"cost": tensors["cost"][0]}
 
 
 def weighted_back(found: Mapping[str, Tensor], low: str, lam: float, mean: float, sd: float) -> TiltSamples:

@@ -141,26 +141,31 @@ class Prompted(nn.Module):
     eps_hat = eps(x, t, "") + scale (eps(x, t, prompt) - eps(x, t, "")), both in one call on the doubled batch (Ho and
     Salimans, arXiv 2207.12598). scale 1 is the conditional model alone, 0 the unconditional one, each in a single pass.
 
-    denoiser  a `TextDenoiser`, or `fast` of one
-    prompt    a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT)
+    denoiser  a `TextDenoiser`, or `fast` of one; with `empty`, any denoiser(x, t, text)
+    prompt    a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT); with `empty`, text (1, ...) or (B, ...)
+    empty     (1, ...): what stands for no prompt, where the denoiser reads something else than these captions
     `passes` is what a call costs in forwards per image. Raises ValueError for an unknown word or a scale that is not
     finite or negative.
     """
 
-    def __init__(self, denoiser: Callable[..., Tensor], prompt: str | Tensor, scale: float = 1.5) -> None:
+    def __init__(
+        self, denoiser: Callable[..., Tensor], prompt: str | Tensor, scale: float = 1.5, empty: Tensor | None = None
+    ) -> None:
         super().__init__()
         if not 0 <= scale < float("inf"):
             raise ValueError(f"scale = {scale} must be finite and at least 0")
         self.denoiser, self.scale, self.passes = denoiser, scale, 1 if scale in (0, 1) else 2
-        ids = captions.encode([prompt]) if isinstance(prompt, str) else prompt.reshape(-1, captions.CONTEXT)
-        self.text, self.empty = ids, captions.encode([""])
+        text = captions.encode([prompt]) if isinstance(prompt, str) else prompt
+        self.text = text.reshape(-1, captions.CONTEXT) if empty is None else text
+        self.empty = captions.encode([""]) if empty is None else empty
         self.train(getattr(denoiser, "training", False))
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         text, empty = self.text.to(x.device), self.empty.to(x.device)
         if self.passes == 1:
             return self.denoiser(x, t, text if self.scale else empty)
-        text = torch.cat([text.expand(x.shape[0], -1), empty.expand(x.shape[0], -1)])
+        text, empty = (each.expand(x.shape[0], *each.shape[1:]) for each in (text, empty))
+        text = torch.cat([text, empty])
         both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
         with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
         return without + self.scale * (with_text - without)

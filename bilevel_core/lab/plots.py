@@ -45,7 +45,7 @@ def style() -> None:
 def image_grid(
     images: Tensor, columns: int, *, rows: Sequence[str] = (), titles: Sequence[str] = (), scale: float = 0.75
 ) -> Figure:
-    """Grey images (n, 1, H, W) in [-1, 1], row by row, with names of rows on the left and of columns on top."""
+    """Images (n, 1 or 3, H, W) in [-1, 1], row by row, with names of rows on the left and of columns on top."""
     count, margin = -(-len(images) // columns), 0.1 + 0.08 * max(map(len, rows), default=0)
     figure, axes = plt.subplots(count, columns, figsize=(scale * columns + margin, scale * count + 0.3))
     for i, axis in enumerate(np.atleast_1d(axes).flat):
@@ -53,7 +53,8 @@ def image_grid(
         axis.spines[:].set_visible(False)
         axis.grid(False)
         if i < len(images):
-            axis.imshow(images[i, 0].detach().cpu(), vmin=-1, vmax=1)
+            image = images[i].detach().cpu().permute(1, 2, 0)
+            axis.imshow(image if image.shape[2] == 1 else (image + 1) / 2, vmin=-1, vmax=1)
         if i < columns and i < len(titles):
             axis.set_title(titles[i], fontsize=9)
         if i % columns == 0 and i // columns < len(rows):

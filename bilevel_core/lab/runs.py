@@ -430,7 +430,7 @@ def write_result(
     cost      cost units (one image through one network forward = 1), or {"units": ..., "calls": ...}
     wall_s    seconds
     protocol  how it was measured: n, reference size, split, batch sizes, ...
-    directory elsewhere than book/results
+    directory elsewhere than book/results; default the environment variable BILEVEL_RESULTS, which a sweep sets
     Returns the path. Raises ValueError where the record is not valid.
     """
     values = dict(P) if isinstance(P, Mapping) else vars(P)
@@ -464,6 +464,8 @@ def write_result(
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:
     """The record book/results/<name>.json; FileNotFoundError or ValueError (not JSON, not of the schema)."""
     path = _results(directory) / f"{name}.json"
+    if not path.is_file() and directory is None and "BILEVEL_RESULTS" in os.environ:  # a sweep reads the book's too
+        path = project_root() / "book" / "results" / path.name
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.json"))
         raise FileNotFoundError(f"no result {name!r} in {_relative(path.parent)}; there are {there}")
@@ -491,6 +493,7 @@ def versions() -> dict[str, str]:
         "numpy",
         "scipy",
         "diffusers",
+        "transformers",
         "torchmetrics",
         "torchvision",
         "scikit-learn",
@@ -554,7 +557,8 @@ def _validate(record: Any, where: str) -> None:
 
 
 def _results(directory: str | Path | None) -> Path:
-    return Path(directory) if directory is not None else project_root() / "book" / "results"
+    directory = directory or os.environ.get("BILEVEL_RESULTS")
+    return Path(directory) if directory else project_root() / "book" / "results"
 
 
 def _relative(path: Path) -> str:
