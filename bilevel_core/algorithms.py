@@ -91,6 +91,7 @@ class TiltSamples:
     """Samples that stand for p_0 by their rewards alone: sum_i exp(log_w_i) u(x_i) ~ E_{p_0}[u].
 
     r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
+    at     the lam whose tilt they were drawn from; infinity: p_0 itself;  parts: the sets that `pooled` joined
     """
 
     r_up: Tensor
@@ -98,11 +99,32 @@ class TiltSamples:
     log_w: Tensor | None = None
     cost: int = 0
     round: int = 0
+    at: float = math.inf
+    parts: tuple["TiltSamples", ...] = field(default=(), repr=False)
 
     @classmethod
     def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0):
         """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0."""
-        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost)
+        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost, at=lam)
+
+    @classmethod
+    def pooled(cls, *sets: "TiltSamples") -> "TiltSamples":
+        """Sets drawn at several lam, the first of p_0 itself, as one set that stands for p_0; their costs add up.
+
+        By `estimators.pool`: one constant Z for each lam, on which all rows agree; the sets' own estimates of it matter
+        only between sets of one lam. A set that no other overlaps gets hardly any weight. Rows keep their order.
+        """
+        at = list(dict.fromkeys(s.at for s in sets))
+        if at[0] < math.inf:
+            raise ValueError(f"the first set must be of p_0 itself, at = infinity; they are drawn at {at}")
+        sets = sorted(sets, key=lambda s: at.index(s.at))
+        flat = [s if s.log_w is not None else dataclasses.replace(s, log_w=s.r_low.double() * 0) for s in sets]
+        r_up, r_low, log_w = (torch.cat([getattr(s, n).double() for s in flat]) for n in ("r_up", "r_low", "log_w"))
+        sizes = [sum(len(s.r_low) for s in sets if s.at == lam) for lam in at]
+        own = (log_w + r_low / torch.tensor(at).repeat_interleave(torch.tensor(sizes))).split(sizes)
+        count = torch.cat([part.softmax(0) * len(part) for part in own])
+        log_w, _ = estimators.pool(torch.stack([r_low / lam for lam in at]), torch.tensor(sizes), count)
+        return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets))
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
         """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""
@@ -145,17 +167,21 @@ class LamProblem:
     samples: TiltSamples
     draw: Callable[[float, int], TiltSamples] | None
     min_ess: float
+    pool: bool = False
 
     def solve_star(self, x: Tensor, warm: TiltSamples | None = None) -> TiltSamples:
         """The first samples, else the last, whichever have an effective sample size of min_ess at lam; else new ones.
 
         It cannot see a mode that no sample is in: samples of a sharp tilt may miss one, those of p_0 cover every tilt.
+        With `pool` nothing is thrown away: every set drawn so far, the first included, counts at every lam.
         """
         last, lam = warm or self.samples, x.exp().item()
-        for samples in (self.samples, last):
+        for samples in (last,) if self.pool else (self.samples, last):
             if self.draw is None or samples.tilt(lam)[1]["ess"] >= self.min_ess:
                 return dataclasses.replace(samples, cost=last.cost, round=last.round)
         new = self.draw(lam, last.round + 1)
+        if self.pool:
+            new, last = TiltSamples.pooled(*(last.parts or (last,)), new), dataclasses.replace(last, cost=0)
         return dataclasses.replace(new, cost=last.cost + new.cost, round=last.round + 1)
 
     def solve_gamma(self, x: Tensor, gamma: float, warm: None = None) -> None:
@@ -185,6 +211,7 @@ def learn_lam(
     draw: Callable[[float, int], TiltSamples] | None = None,
     min_ess: float = estimators.MIN_ESS,
     rounds: int | None = None,
+    pool: bool = False,
     bounds: tuple[float, float] = (1e-4, 1e4),
     stop: float = 0.1,
     tol: float = 1e-4,
@@ -199,6 +226,7 @@ def learn_lam(
     draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
                particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
     rounds     how often to draw at most; where lam would then move out of reach, the loop ends. None: no limit
+    pool       True reweights all that was ever drawn, by `TiltSamples.pooled`, instead of the last samples alone
     stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
                log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
     resume     continue after this record, as if never stopped
@@ -223,7 +251,7 @@ def learn_lam(
         return x.exp() * grad, info
 
     loop = penalty_descent(
-        LamProblem(samples, draw, min_ess),
+        LamProblem(samples, draw, min_ess, pool),
         torch.tensor(lam, dtype=torch.float64).log(),
         gamma=gamma,
         step=(lambda k, grad: step(previous, grad)) if callable(step) else step,
@@ -314,13 +342,7 @@ class ScoreTraining:
     losses: list[float] = field(default_factory=list, init=False)
 
     def __post_init__(self):
-        for name, low in (
-            ("batch_size", 1),
-            ("lr", 1e-12),
-            ("warmup", 0),
-            ("decay_steps", 0),
-            ("ema_decay", 0),
-        ):
+        for name, low in (("batch_size", 1), ("lr", 1e-12), ("warmup", 0), ("decay_steps", 0), ("ema_decay", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {low}")
         if not self.ema_decay < 1:
@@ -329,8 +351,7 @@ class ScoreTraining:
         self.generator = torch.Generator(device).manual_seed(self.seed)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=self.lr)
         self.ema = torch.optim.swa_utils.AveragedModel(
-            self.denoiser,
-            multi_avg_fn=lambda ema, now, n: torch._foreach_lerp_(ema, now, self._ema_weight(int(n))),
+            self.denoiser, multi_avg_fn=lambda ema, now, n: torch._foreach_lerp_(ema, now, self._ema_weight(int(n)))
         ).requires_grad_(False)
 
     def _ema_weight(self, n: int) -> float:

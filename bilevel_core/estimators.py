@@ -33,13 +33,7 @@ Objective = Callable[[Tensor, int], Tensor]
 
 
 def q_grad_two_point(
-    f: Objective,
-    q: Tensor,
-    *,
-    seed: int,
-    delta: Tensor | float = 0.01,
-    directions: int = 1,
-    common: bool = True,
+    f: Objective, q: Tensor, *, seed: int, delta: Tensor | float = 0.01, directions: int = 1, common: bool = True
 ) -> tuple[Tensor, dict]:
     """Zeroth order along random directions: mean over u ~ N(0, I) of (f(q + delta u) - f(q - delta u))/2 * u/delta.
 
@@ -127,9 +121,7 @@ def q_grad_reverse(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]
 def _lengths(delta: Tensor | float, q: Tensor) -> Tensor:
     delta = torch.as_tensor(delta, dtype=q.dtype, device=q.device)
     if not ((delta > 0) & torch.isfinite(delta)).all() or delta.shape not in ((), q.shape):
-        raise ValueError(
-            f"delta = {delta.tolist()} must be positive, one number or one for each of {len(q)} coordinates"
-        )
+        raise ValueError(f"delta = {delta.tolist()} must be positive, one number or one for each coordinate of q")
     return delta.expand(q.shape)
 
 
@@ -246,6 +238,38 @@ def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) 
     return _paired(norm_gamma / 2, norm_star / 2, gamma)
 
 
+def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets samples of K laws p_0 exp(h_k)/Z_k stand for p_0 together (multistate reweighting, Shirts & Chodera 2008).
+
+    h      (K, n)  every h_k at every sample, law by law in one order; h_0 = 0 up to a constant, so that law 0 is p_0
+    sizes  (K,)    how many of the n samples each law gave
+    count  (n,)    how many of its law's samples a row stands for: 1, or n_k times its weight within the law
+    Returns log-weights (n,), as `tilt_weights` takes them, and log Z (K,), with log Z_0 = 0. A row gets one over the
+    density of the mixture of all laws, sizes_k exp(h_k)/Z_k summed over k (the balance heuristic of Veach & Guibas
+    1995), and log Z minimises a convex function of K - 1 numbers, by Newton's method. Unlike the effective sample size
+    of one set, this cannot take a far corner, whose samples have nearly even weights under every milder tilt, for the
+    law itself. Where neighbouring laws do not overlap Z is rough, and with it log-weights between them.
+    """
+    h, sizes, count = h.double(), sizes.double(), count.double()
+    log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log()
+    step, little = (torch.arange(len(sizes)) > 0).double(), 1e-12 * sizes.sum() * torch.eye(len(sizes)).double()
+
+    def log_density(log_z: Tensor) -> Tensor:
+        return (h + (sizes.log() - log_z)[:, None]).logsumexp(0)
+
+    def value(log_z: Tensor) -> Tensor:
+        return count @ log_density(log_z) + sizes @ log_z
+
+    while step.abs().max() > 1e-11:
+        share = (h + (sizes.log() - log_z)[:, None] - log_density(log_z)).exp()  # of each law in each row
+        curve = torch.diag(share @ count) - (share * count) @ share.T + little
+        step[1:] = torch.linalg.solve(curve[1:, 1:], (share @ count - sizes)[1:]).clamp(-50, 50)
+        while step.abs().max() > 1e-12 and value(log_z + step) > value(log_z):
+            step /= 2
+        log_z = log_z + step
+    return count.clamp(min=1e-300).log() - log_density(log_z), log_z
+
+
 @dataclass(frozen=True)
 class LamCurve:
     """lambda -> E_{p_star}[r_up] with everything read off it; see `lam_curve`. Vectors (m,) run over `lam`."""
@@ -300,8 +324,7 @@ def lam_curve(
     kept = (table[:, 2] >= min_ess).nonzero()[:, 0]
     if len(kept) < 3:
         raise ValueError(
-            f"only {len(kept)} values of lam have an effective sample size of {min_ess:g} or more (n = {len(low)}, "
-            f"largest {table[:, 2].max():.0f}); draw more samples, or lower min_ess"
+            f"only {len(kept)} values of lam have an effective sample size of {min_ess:g} or more; draw more samples"
         )
     first, last = int(kept[0]), int(kept[-1])
     whole = (first == 0, last == len(lams) - 1)
@@ -333,20 +356,13 @@ def lam_curve(
         share = ((level - score[j]) / (score[k] - score[j])).clamp(0, 1)
         return ((1 - share) * lams[j].log() + share * lams[k].log()).exp().item()
 
-    interval = (
-        0.0 if score[j] > -z else crossing(j, min(j + 1, len(lams) - 1), -z),
-        float("inf") if score[k] < z else crossing(max(k - 1, 0), k, z),
-    )
-    return LamCurve(lams, mean, se, ess, grad, grad_se, best, interval, boundary, said)
+    from_lam = 0.0 if score[j] > -z else crossing(j, min(j + 1, len(lams) - 1), -z)
+    to_lam = float("inf") if score[k] < z else crossing(max(k - 1, 0), k, z)
+    return LamCurve(lams, mean, se, ess, grad, grad_se, best, (from_lam, to_lam), boundary, said)
 
 
 def _inputs(
-    r_up: Tensor,
-    r_low: Tensor,
-    lam: Tensor | float,
-    log_w: Tensor | None,
-    gamma: float = 1.0,
-    rewards: int | None = 0,
+    r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor | None, gamma: float = 1.0, rewards: int | None = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """r_up (n,), r_low (m, n), lam (m,), log_w (n,), checked, float64 on the CPU. rewards: m; None: any; 0: a tilt."""
     n = r_up.shape[-1] if r_up.dim() else 0
@@ -399,9 +415,7 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
 
 def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
     if kl_gamma.shape != kl_star.shape or kl_star.dim() != 1 or len(kl_star) < 2:
-        raise ValueError(
-            f"both must be (n,) with n >= 2, by trajectory; they are {tuple(kl_gamma.shape)}, {tuple(kl_star.shape)}"
-        )
+        raise ValueError(f"both must be (n,) with n >= 2; they are {tuple(kl_gamma.shape)} and {tuple(kl_star.shape)}")
     if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma = {gamma} must be positive and finite")
     difference = gamma * (kl_gamma.double() - kl_star.double())

@@ -24,11 +24,7 @@ from torch import Tensor
 KINDS = ("cosine", "sigmoid", "linear")
 FORMS = ("released", "normalised")
 NAMES = ("start", "end", "tau", "epsilon")
-DEFAULT_Q = {
-    "cosine": (0.0, 1.0, 1.0, 0.008),
-    "sigmoid": (0.0, 4.0, 0.5, 0.0),
-    "linear": (0.0, 1.0, 1.0, 0.0),
-}
+DEFAULT_Q = {"cosine": (0.0, 1.0, 1.0, 0.008), "sigmoid": (0.0, 4.0, 0.5, 0.0), "linear": (0.0, 1.0, 1.0, 0.0)}
 BOUNDS = {  # admissible ranges; besides, end - start >= GAP and abar_T >= MIN_ABAR
     "cosine": ((0.0, 0.9), (0.0, 1.0), (0.1, 10.0), (0.0, 1.0)),
     "sigmoid": ((-4.0, 4.0), (-4.0, 8.0), (0.1, 10.0), (-4.0, 4.0)),

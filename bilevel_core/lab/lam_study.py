@@ -150,47 +150,13 @@ class Bank:
 
     @cached_property
     def pooled(self) -> TiltSamples:
-        """Samples of p_0 and all particles as one set, weighted back to p_0.
+        """Samples of p_0 and all particles as one set, weighted back to p_0, in the order of `law`.
 
-        Each by one over the density of the mixture of the laws they came from (multistate reweighting, Shirts & Chodera
-        2008, arXiv:0801.1426), whose constants Z, relative to p_0, minimise a convex function. Unlike the effective
-        sample size of one set, this cannot mistake a far corner, where particles at a small lambda sit with nearly even
-        weights at every other lambda, for the law itself; between different lambda it does not need the particles' own
-        estimates of Z. Where neighbouring laws do not overlap, Z and so the divergence are rough, the means are not.
+        Unlike the effective sample size of one set, this cannot mistake a far corner, where particles at a small lambda
+        sit with nearly even weights at every other lambda, for the law itself; and between lambdas it does not need
+        the particles' own estimates of Z. Where neighbouring laws do not overlap, Z and so the divergence are rough.
         """
-        from scipy.optimize import minimize
-
-        at = sorted({lam for lam, _ in self.sharp})
-        parts = [[s for (lam, _), s in sorted(self.sharp.items()) if lam == here] for here in at]
-        r_up, r_low, log_w = (
-            [torch.cat([getattr(s, name).double() for s in part]) for part in parts]
-            for name in ("r_up", "r_low", "log_w")
-        )
-        inverse = torch.tensor([0.0, *(1 / lam for lam in at)], dtype=torch.float64)
-        sizes = torch.tensor([len(self.r_up), *map(len, r_up)], dtype=torch.float64)
-        # how many of its set a row stands for; runs at one lambda by their estimates of Z, which log_w holds
-        own = [(w + r / lam).softmax(0) * len(r) for lam, r, w in zip(at, r_low, log_w, strict=True)]
-        count = torch.cat([torch.ones(len(self.r_up), dtype=torch.float64), *own])
-        r_up, r_low = torch.cat([self.r_up.double(), *r_up]), torch.cat([self.r_low.double(), *r_low])
-        h = inverse[:, None] * r_low
-
-        def log_density(log_z: Tensor) -> Tensor:
-            return ((sizes.log() - log_z)[:, None] + h).logsumexp(0)
-
-        def objective(free: object) -> tuple[float, object, object]:
-            log_z = torch.cat([torch.zeros(1, dtype=torch.float64), torch.as_tensor(free)])
-            density = log_density(log_z)
-            share = ((sizes.log() - log_z)[:, None] + h - density).exp()
-            value, slope = (count @ density + sizes @ log_z) / len(count), sizes - share @ count
-            curve = torch.diag(share @ count) - (share * count) @ share.T
-            return value.item(), slope[1:].numpy() / len(count), curve[1:, 1:].numpy() / len(count)
-
-        start = (h[1:, : len(self.r_up)].logsumexp(1) - sizes[0].log()).numpy()
-        calls = {"jac": lambda f: objective(f)[1], "hess": lambda f: objective(f)[2]}
-        found = minimize(lambda f: objective(f)[0], start, method="trust-exact", **calls, options={"gtol": 1e-9}).x
-        log_z = torch.cat([torch.zeros(1, dtype=torch.float64), torch.as_tensor(found)])
-        log_w = count.clamp(min=1e-300).log() - log_density(log_z)
-        return TiltSamples(r_up, r_low, log_w)
+        return TiltSamples.pooled(self.samples(), *(s for _, s in sorted(self.sharp.items())))
 
     def law(self, lam: float, weight: float = 0.0) -> dict:
         """The law p_0 exp((r_low + weight r_up)/lam), r_up in standard deviations: "r_up", "r_low" and "p" (n,), "ess",
