@@ -252,22 +252,23 @@ def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """
     h, sizes, count = h.double(), sizes.double(), count.double()
     log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log()
-    step, little = (torch.arange(len(sizes)) > 0).double(), 1e-12 * sizes.sum() * torch.eye(len(sizes)).double()
+    step, little = torch.zeros_like(log_z), 1e-12 * sizes.sum() * torch.eye(len(sizes)).double()
 
-    def log_density(log_z: Tensor) -> Tensor:
-        return (h + (sizes.log() - log_z)[:, None]).logsumexp(0)
+    def look(log_z: Tensor) -> tuple[Tensor, Tensor]:
+        """Each law's share in each row, and minus the slope: by how much the shares of a law exceed its size."""
+        share = (h + (sizes.log() - log_z)[:, None]).softmax(0)
+        return share, share @ count - sizes
 
-    def value(log_z: Tensor) -> Tensor:
-        return count @ log_density(log_z) + sizes @ log_z
-
-    while step.abs().max() > 1e-11:
-        share = (h + (sizes.log() - log_z)[:, None] - log_density(log_z)).exp()  # of each law in each row
+    for _ in range(500):
+        share, off = look(log_z)
+        if off.abs().max() <= 1e-12 * sizes.sum():
+            break
         curve = torch.diag(share @ count) - (share * count) @ share.T + little
-        step[1:] = torch.linalg.solve(curve[1:, 1:], (share @ count - sizes)[1:]).clamp(-50, 50)
-        while step.abs().max() > 1e-12 and value(log_z + step) > value(log_z):
-            step /= 2
+        step[1:] = torch.linalg.solve(curve[1:, 1:], off[1:]).clamp(-50, 50)  # log Z_0 stays where it is, at 0
+        while step.abs().max() > 1e-12 and look(log_z + step)[1] @ step < -(off @ step) / 2:
+            step /= 2  # it went too far: the slope along it has turned
         log_z = log_z + step
-    return count.clamp(min=1e-300).log() - log_density(log_z), log_z
+    return count.clamp(min=1e-300).log() - (h + (sizes.log() - log_z)[:, None]).logsumexp(0), log_z
 
 
 @dataclass(frozen=True)
@@ -409,8 +410,7 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
             "raise lam, draw more samples, or draw them guided or as particles at this lam"
         )
         warnings.warn(warning, stacklevel=3)
-    info = {"ess": ess, "warning": warning}
-    return info if influence is None else info | {"se": influence.square().sum(-1).sqrt()}
+    return {"ess": ess, "warning": warning} | ({} if influence is None else {"se": influence.square().sum(-1).sqrt()})
 
 
 def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:

@@ -272,3 +272,73 @@ def test_no_valid_input_gives_nan(values, log_lam, log_gamma):
     assert math.isfinite(tilt["kl"]) and tilt["kl"] > -1e-9
     assert torch.isfinite(curve.mean).all() and torch.isfinite(curve.grad_se).all() and not math.isnan(curve.best)
     assert curve.interval[0] <= curve.interval[1]
+
+
+# ---------------------------------------------------------------- samples of several tilts as one set
+
+
+def of_tilts(lams, n, seed=0):
+    """n samples each of p_0 and of exact tilts: x (N,), h (K, N), sizes (K,), and the exact log Z."""
+    laws = [oracles.Mixture1D(), *(oracles.Mixture1D().tilt(1 / lam) for lam in lams)]
+    x = torch.cat([law.sample(n, torch.Generator().manual_seed(seed + i)) for i, law in enumerate(laws)])
+    h = torch.stack([0 * x, *(x / lam for lam in lams)])
+    exact = [0.0, *(PROBLEM.logits(lam).logsumexp(-1).item() for lam in lams)]
+    return x, h, torch.full((len(laws),), float(n)).double(), exact
+
+
+def test_pooled_constants_are_those_of_a_convex_function_and_near_the_truth():
+    from scipy.optimize import minimize
+
+    x, h, sizes, exact = of_tilts((1.5, 0.8, 0.5), 2000)
+    log_w, log_z = estimators.pool(h, sizes, torch.ones_like(x))
+    assert log_z.tolist() == pytest.approx(exact, abs=0.08) and log_z[0] == 0
+    # every law's shares add up to its size; in particular the weights to one
+    shares = (h + (sizes.log() - log_z)[:, None] + log_w).exp().sum(1)
+    assert shares.tolist() == pytest.approx(sizes.tolist(), rel=1e-9)
+    assert log_w.exp().sum().item() == pytest.approx(1, abs=1e-9) and log_w.exp().max() <= 1 / 2000
+
+    def objective(free):
+        z = torch.cat([torch.zeros(1).double(), torch.as_tensor(free)])
+        return ((h + (sizes.log() - z)[:, None]).logsumexp(0).sum() + sizes @ z).item()
+
+    found = minimize(objective, log_z[1:].numpy() + 0.1, method="Nelder-Mead", options={"xatol": 1e-7, "maxiter": 4000})
+    assert log_z[1:].tolist() == pytest.approx(found.x.tolist(), abs=1e-5)
+
+
+def test_pooling_beats_each_set_alone_and_shrinks_with_n():
+    def errors(n):
+        found = []
+        for seed in range(30):
+            x, h, sizes, _ = of_tilts((1.5, 0.8, 0.5), n, 100 * seed)
+            log_w, _ = estimators.pool(h, sizes, torch.ones_like(x))
+            p = (log_w + x / 0.65).softmax(0)
+            alone = (x[:n] / 0.65).softmax(0)
+            truth = PROBLEM.mean(PROBLEM.p_gamma(0.65), PROBLEM.r_low)
+            found.append([(p @ x - truth).square(), (alone @ x[:n] - truth).square()])
+        return torch.tensor(found).mean(0).sqrt()
+
+    few, many = errors(250), errors(4000)
+    assert few[0] < 0.4 * few[1] and many[0] < 0.4 * many[1]
+    assert 0.15 < many[0] / few[0] < 0.4  # sixteen times the samples
+
+
+def test_weighted_rows_count_for_what_they_stand():
+    """A row of weight two is two equal rows."""
+    _, h, _, _ = of_tilts((0.8,), 500)
+    twice = torch.cat([torch.arange(1000), torch.arange(500, 600)])
+    log_w, log_z = estimators.pool(h[:, twice], torch.tensor([500, 600]), torch.ones(1100))
+    count = torch.ones(1000)
+    count[500:600] = 2
+    again, log_z_again = estimators.pool(h, torch.tensor([500, 600]), count)
+    assert log_z_again.tolist() == pytest.approx(log_z.tolist(), abs=1e-9)
+    assert again[500:600].exp().tolist() == pytest.approx((2 * log_w[1000:].exp()).tolist(), rel=1e-9)
+
+
+def test_laws_that_do_not_overlap_leave_what_they_leave():
+    """A set far off gets hardly any weight where it has no business, and Newton's method still ends."""
+    x, h, sizes, _ = of_tilts((0.8, 0.02), 400)
+    log_w, log_z = estimators.pool(h, sizes, torch.ones_like(x))
+    assert torch.isfinite(log_z).all() and torch.isfinite(log_w).all()
+    p = (log_w + x / 0.8).softmax(0)
+    assert p[800:].sum() < 1e-6
+    assert (p @ x).item() == pytest.approx(PROBLEM.mean(PROBLEM.p_gamma(0.8), PROBLEM.r_low).item(), abs=0.15)

@@ -153,6 +153,49 @@ def test_resume_is_bit_for_bit():
     assert not list(algorithms.learn_lam(plain(5_000), 0.05, draw=exact_tilt(5_000), resume=whole[-1]))
 
 
+def test_pooling_keeps_all_that_was_drawn_and_resumes_bit_for_bit():
+    def run(**options):
+        samples, draw = plain(1000), exact_tilt(300)
+        return algorithms.learn_lam(samples, 0.3, draw=draw, min_ess=700, pool=True, stop=0, steps=8, **options)
+
+    whole, half = list(run()), list(itertools.islice(run(), 3))
+    last = whole[-1]
+    assert last.round >= 2 and last.cost == 50_000 + last.round * 30_000
+    kept = last.outer.p_star
+    assert len(kept.r_low) == 1000 + 300 * last.round and len(kept.parts) == 1 + last.round
+    assert kept.parts[0].at == math.inf and all(0 < part.at < math.inf for part in kept.parts[1:])
+    rest = list(run(resume=half[-1]))
+    names = ("k", "lam", "grad", "se", "up", "kl", "ess", "cost", "round", "done")
+    rows = [[[getattr(record, name) for name in names] for record in run] for run in (half + rest, whole)]
+    assert rows[0] == rows[1] and len(rest) > 1
+
+
+def test_pooling_learns_better_from_the_same_draws():
+    def error(pool, seed):
+        samples, draw = plain(300, seed), exact_tilt(100)
+        options = {"draw": lambda lam, round: draw(lam, 1000 * seed + round), "min_ess": 60, "rounds": 5}
+        *_, last = algorithms.learn_lam(samples, 0.5, pool=pool, **options)
+        return math.log(last.lam / OPTIMUM) ** 2
+
+    with_pool, without = (sum(error(pool, seed) for seed in range(20)) for pool in (True, False))
+    assert with_pool < 0.7 * without
+
+
+def test_pooled_sets_are_joined_by_law_and_need_p_0_first():
+    draw = exact_tilt(200)
+    first, sharp, sharper = plain(400), draw(1.0, 1), draw(0.6, 2)
+    pooled = algorithms.TiltSamples.pooled(first, sharp, sharper, draw(1.0, 3))
+    assert [part.at for part in pooled.parts] == [math.inf, 1.0, 1.0, 0.6] and pooled.cost == 400 * 50 + 3 * 20_000
+    for lam in (0.7, 1.0, 2.0):
+        truth = PROBLEM.mean(PROBLEM.p_gamma(lam), PROBLEM.r_low).item()
+        p, info = pooled.tilt(lam)
+        assert (p @ pooled.r_low).item() == pytest.approx(truth, abs=4 * (info["ess"] ** -0.5))
+    with pytest.raises(ValueError, match="the first set must be of p_0 itself"):
+        algorithms.TiltSamples.pooled(sharp, first)
+    alone = algorithms.TiltSamples.pooled(first)
+    assert alone.tilt(1.0)[0].tolist() == pytest.approx(first.tilt(1.0)[0].tolist(), rel=1e-9)
+
+
 # ---------------------------------------------------------------- the boundary, steps, bad input
 
 
