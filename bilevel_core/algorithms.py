@@ -120,10 +120,10 @@ class TiltSamples:
         sets = sorted(sets, key=lambda s: at.index(s.at))
         flat = [s if s.log_w is not None else dataclasses.replace(s, log_w=s.r_low.double() * 0) for s in sets]
         r_up, r_low, log_w = (torch.cat([getattr(s, n).double() for s in flat]) for n in ("r_up", "r_low", "log_w"))
-        sizes = [sum(len(s.r_low) for s in sets if s.at == lam) for lam in at]
-        own = (log_w + r_low / torch.tensor(at).repeat_interleave(torch.tensor(sizes))).split(sizes)
-        count = torch.cat([part.softmax(0) * len(part) for part in own])
-        log_w, _ = estimators.pool(torch.stack([r_low / lam for lam in at]), torch.tensor(sizes), count)
+        sizes = torch.tensor([sum(len(s.r_low) for s in sets if s.at == lam) for lam in at])
+        lams = torch.tensor(at, dtype=torch.float64)
+        own = (log_w + r_low / lams.repeat_interleave(sizes)).split(sizes.tolist())  # within each law
+        log_w, _ = estimators.pool(r_low / lams[:, None], sizes, torch.cat([w.softmax(0) * len(w) for w in own]))
         return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets))
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:

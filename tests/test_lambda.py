@@ -190,6 +190,9 @@ def test_pooled_sets_are_joined_by_law_and_need_p_0_first():
         truth = PROBLEM.mean(PROBLEM.p_gamma(lam), PROBLEM.r_low).item()
         p, info = pooled.tilt(lam)
         assert (p @ pooled.r_low).item() == pytest.approx(truth, abs=4 * (info["ess"] ** -0.5))
+    h = torch.stack([pooled.r_low / at for at in (math.inf, 1.0, 0.6)])
+    log_w, _ = estimators.pool(h, torch.tensor([400, 400, 200]), torch.ones(1000))  # unweighted draws count one each
+    assert (pooled.log_w - log_w).abs().max() < 1e-9
     with pytest.raises(ValueError, match="the first set must be of p_0 itself"):
         algorithms.TiltSamples.pooled(sharp, first)
     alone = algorithms.TiltSamples.pooled(first)

@@ -27,6 +27,14 @@ START = 1.0  # of Algorithm 2 on images, as in chapter 5
 BOUNDS = (0.01, 100.0)
 DRAWS, ROUNDS = 250, 4  # fresh particles a round, and rounds: what half of chapter 5's budget buys
 MIN_ESS_TRIED = (100.0, 250.0)  # on validation prompts, of Algorithm 2 with pooling
+MIN_ESS, REPORTED = 100.0, "last"  # what these chose
+PROTOCOL = {
+    "mixture": "400 samples of p_0 and rounds of exact draws, 1000 at most; paired over methods by the first samples",
+    "pooling": "chapter 5's samples, folds, seeds and budget; marked as there, by the other folds and runs",
+    "chosen on validation": f"effective sample size {MIN_ESS:g}, reported: {REPORTED}",
+    "bias": "exact denoiser of the mixture, eta = 1, common noise over lambda",
+    "pieces": "resumable; wall_s counts those of the last start",
+}
 
 
 # ---------------------------------------------------------------- pooling, on the mixture
@@ -238,11 +246,10 @@ def report_pooling(
             found = learn_on_images(chain, prompt, low, half, scale, seed, **options)
             rest = marks.folds(seeds, seed)[1]
             best = max(rest.worth(lam)["up"] for lam in lam_study.candidates(rest))
-            before_lam = old[prompt, seed]["lam"]
-            lams = {"before": math.inf if before_lam is None else before_lam, "last": found["last"]}
+            lams = {"before": old[prompt, seed]["lam"], "last": found["last"], "read": found["read"]}
             row = {"prompt": prompt, "seed": seed}
-            for key, lam in (lams | {"read": found["read"]}).items():
-                up = rest.worth(lam)["up"]
+            for key, lam in lams.items():  # None: infinity
+                up = rest.worth(math.inf if lam is None else lam)["up"]
                 row |= {f"lam {key}": lam, f"up {key}": up, f"regret {key}": best - up}
             row |= {"cost before": old[prompt, seed]["cost"], "path": found["path"]}
             rows.append(row | {key: found[key] for key in ("rounds", "cost", "said", "interval")})
@@ -397,10 +404,11 @@ def guidance_bias(
         grid = torch.logspace(math.log10(lams[0]), math.log10(lams[-1]), 161, dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picks = {
+            found = {
                 "reweighted": estimators.lam_curve(one.r_up(x), x, grid).best,
                 "particles": estimators.lam_curve(pooled.r_up, pooled.r_low, grid, pooled.log_w).best,
             }
+        picks = {name: min(max(best, lams[0]), lams[-1]) for name, best in found.items()}
         picks |= {"guided": top(lams, rows["guided"]), "path": root(lams, rows["path"])}
         chosen.append(picks)
         for name in names:
@@ -476,7 +484,6 @@ def study(
     bias: Mapping[str, object],
     validation: Mapping[str, object],
     seeds: int,
-    min_ess: float,
     guided: Mapping[str, object],
     guided_prompts: Sequence[str],
     folder: Path,
@@ -503,6 +510,6 @@ def study(
         scale = rewards.scale(materials[prompt].drawn["boldness"])
         found["guided"] += guided_on_images(chain, prompt, scale=scale, **guided, **shared)
     found["validation"] = validate_pooling(chain, **validation, **shared)
-    found["pooling"] = report_pooling(chain, materials, before, seeds=seeds, min_ess=min_ess, **shared)
+    found["pooling"] = report_pooling(chain, materials, before, seeds=seeds, min_ess=MIN_ESS, **shared)
     found["cost"] = sum(row["cost"] for key in ("guided", "validation", "pooling") for row in found[key])
     return found
