@@ -176,3 +176,39 @@ def test_without_a_maximum_inside_the_last_lambda_is_kept():
     assert lam == 7.0
     lam, ends = beyond.read_off(algorithms.TiltSamples(r - 0.5 * r**2, r), 7.0)
     assert 0.8 < lam < 1.25 and ends[0] < lam < ends[1]
+
+
+def known(n, lam, seed, mean=2.0, sd=0.5):
+    """n samples of the tilt at lam (infinity: of p_0) of the law above, as `lam_study` keeps them."""
+    r = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1 / lam
+    found = {"clip": 1.2 * r - 0.6 * r**2, "boldness": mean + sd * r, "cost": torch.tensor(20 * n)}
+    if lam == math.inf:
+        return found
+    flat = torch.full((n,), -math.log(n), dtype=torch.float64)
+    return found | {"log_w": flat, "log_z": torch.tensor(1 / (2 * lam**2)).double()}
+
+
+def test_the_report_is_paired_with_chapter_5_and_the_validation_marks_all_variants(tmp_path, monkeypatch):
+    def particles(chain, prompt, low, lam, n, seed, *, mean, sd, folder, device):
+        return known(n, lam, seed, mean, sd)
+
+    monkeypatch.setattr(lam_study, "particles", particles)
+    monkeypatch.setattr(lam_study, "draw", lambda chain, prompt, n, seed, **_: known(n, math.inf, seed))
+    sharp = {(lam, run): known(300, lam, 100 * run + 7) for lam in (0.3, 0.6) for run in (0, 1)}
+    materials = {"a bold two": lam_study.Material(known(4000, math.inf, 1), {"boldness": sharp})}
+    before = [{"prompt": "a bold two", "seed": seed, "lam": lam, "cost": 9} for seed, lam in ((0, 0.5), (1, None))]
+    rows = beyond.report_pooling(None, materials, before, seeds=2, min_ess=400.0, folder=tmp_path)
+    assert [(row["seed"], row["lam before"], row["cost before"]) for row in rows] == [(0, 0.5, 9), (1, None, 9)]
+    for row in rows:
+        assert row["lam last"] == pytest.approx(1.0, rel=0.2) and row["regret last"] < 0.05
+        assert row["regret before"] > row["regret last"] + 0.1  # 0.5 is over-optimised, infinity does nothing
+        ups = [row[f"up {key}"] + row[f"regret {key}"] for key in ("before", "last", "read")]
+        assert max(ups) - min(ups) < 1e-9
+    options = {"seeds": 2, "n": 1000, "lams": (0.4, 0.7), "count": 100, "runs": 1, "folder": tmp_path}
+    rows = beyond.validate_pooling(None, ["a bold three"], **options)
+    assert {(row["pool"], row["min_ess"], row["seed"]) for row in rows} == {
+        (pool, min_ess, seed)
+        for pool, min_ess in ((False, 100.0), *((True, value) for value in beyond.MIN_ESS_TRIED))
+        for seed in (0, 1)
+    }
+    assert all(abs(row["regret last"]) < 0.2 and row["cost"] >= 20_000 for row in rows)
