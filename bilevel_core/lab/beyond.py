@@ -332,13 +332,15 @@ def front(r_up: Tensor, r: Tensor, budgets: Sequence[float], angles: Sequence[fl
     for angle in angles:
         h = math.cos(angle) * r[0].double() + math.sin(angle) * r[1].double()
         for row, budget in zip(rows, budgets, strict=True):
-            low, high = 0.0, 100.0
-            for _ in range(34):
-                middle = (low + high) / 2
-                low, high = (middle, high) if _tilt(middle * h)[1] < budget else (low, middle)
-            p, kl, ess = _tilt(low * h)
+            s = math.sqrt(2 * budget) / h.std().item()  # KL = s^2 Var(h)/2 for a weak tilt
+            for _ in range(30):  # Newton's method: dKL/ds = s Var(h) under the tilt
+                p, kl, ess = _tilt(s * h)
+                if abs(kl - budget) < 1e-10:
+                    break
+                spread = (p @ h.square() - (p @ h) ** 2).item()
+                s = min(max(s - (kl - budget) / (s * spread), s / 3), 3 * s)
             means = {"r1": r[0].double(), "r2": r[1].double(), "up": r_up.double()}
-            point = {"angle": angle, "s": low} | {name: (p @ values).item() for name, values in means.items()}
+            point = {"angle": angle, "s": s} | {name: (p @ values).item() for name, values in means.items()}
             se = (p * (r_up.double() - point["up"])).norm().item()
             row.append(point | {"se": se, "kl": kl, "ess": ess})
     return rows
