@@ -121,7 +121,7 @@ def q_grad_reverse(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]
 def _lengths(delta: Tensor | float, q: Tensor) -> Tensor:
     delta = torch.as_tensor(delta, dtype=q.dtype, device=q.device)
     if not ((delta > 0) & torch.isfinite(delta)).all() or delta.shape not in ((), q.shape):
-        raise ValueError(f"delta = {delta.tolist()} must be positive, one number or one for each coordinate of q")
+        raise ValueError(f"delta = {delta.tolist()} must be positive, one number or one for each of {len(q)}")
     return delta.expand(q.shape)
 
 
