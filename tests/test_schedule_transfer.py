@@ -194,7 +194,7 @@ def test_wrong_input_is_named(tmp_path):
     study = schedule_transfer.Study(PLAN, tmp_path, GIVEN)
     with pytest.raises(ValueError, match=r"no q was given for seed 7, only for \[0, 1\]"):
         study.choose("mnist8", study.many, 7)
-    with pytest.raises(ValueError, match="part 'all' is not one of few, transfer, longer, own"):
+    with pytest.raises(ValueError, match="part 'all' is not one of few, steps, transfer, untuned, longer, own"):
         study.run([0], ["all"])
     changed = study.protocol() | {"times": {}}
     with pytest.raises(ValueError, match="another protocol \\(times\\)"):
@@ -252,7 +252,7 @@ def test_the_whole_study_resumes_and_is_recorded(tmp_path, monkeypatch):
 
     # A run that is cut after some pieces and goes on gives the same numbers.
     again = schedule_transfer.Study(PLAN, tmp_path / "b", GIVEN, force=True)
-    again.run([1], ["few"])
+    again.run([1], ["few", "steps"])
     pieces = sorted((tmp_path / "b").glob("marks_*.json"))
     for one in pieces[::2]:
         one.unlink()

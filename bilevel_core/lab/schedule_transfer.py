@@ -7,7 +7,7 @@ The protocol, fixed before the test split was read:
   are what chapter 7 learned for `many` steps (the q of the same repetition), the best schedule for `few` steps if the
   training images were Gaussian (`best_schedule`: no network, no search), and three schedules that nobody searched for.
   Everyone's q trains a denoiser from scratch, with the same steps and seeds.
-- Who trains, who steps. At `few` steps the denoisers of STEPPED and of Algorithm 6 also sample at other schedules'
+- Who trains, who steps. At `few` steps the denoisers of EARLY and of Algorithm 6 also sample at other schedules'
   signal levels, that is at those of their own times whose levels are nearest. The rules of RULES get their ends from
   the cosine that stops at 0.95. "learned times" are the times of a denoiser of that schedule, by descent of the
   distance to the VALIDATION split through the sampler, with the weights fixed.
@@ -18,7 +18,7 @@ The protocol, fixed before the test split was read:
   is measured on the TEST split, by n samples. The features are those of the source's classifier on both data sets. The
   target's test split is small, so the Frechet distance has a bias there which all methods share; KID has none.
 - One seed is one repetition, search and training. Methods of one seed are compared in pairs. The run goes through PARTS
-  in their order; a result names those that it has.
+  in their order, from the questions to what rounds them off; a result names those that it has.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ from .schedule_race import FIXED, SEARCH_SEEDS, Race
 
 EARLY = "cosine, end 0.95"  # the competitor that costs nothing
 UNTUNED = (EARLY, "cosine", "linear")
-STEPPED = (EARLY, "cosine")
-PARTS = ("few", "transfer", "longer", "own")
+PARTS = ("few", "steps", "transfer", "untuned", "longer", "own")
 RULES = ("log-SNR", "Karras", "angles")
 TIMES = {"samples": 256, "rounds": 40, "rate": 0.02}  # of `learn_times`
 SOURCE_RESULT = "07_noise_schedule_mnist"
@@ -319,15 +318,15 @@ class Study:
 
     def jobs(self, part: str) -> list[tuple[str, str, str]]:
         """(data, method, what to mark) of one of PARTS."""
-        source, target = self.plan.source, self.plan.target
-        if part == "few":
-            methods = (self.few, self.many, self.exact, *UNTUNED)
-            grids = [(source, method, "grids") for method in methods]
-            return grids + [(source, method, "rules") for method in (self.few, *STEPPED)]
-        if part == "longer":
-            return [(source, self.few, "longer")]
-        methods = (self.many, *UNTUNED) if part == "transfer" else (self.own,)
-        return [(target, method, "grids") for method in methods]
+        source, target, (_, *others) = self.plan.source, self.plan.target, UNTUNED
+        return {
+            "few": [(source, method, "grids") for method in (self.few, EARLY, self.many, self.exact)],
+            "steps": [(source, method, "rules") for method in (EARLY, self.few)],
+            "transfer": [(target, method, "grids") for method in (self.many, *UNTUNED)],
+            "untuned": [(source, method, "grids") for method in others],
+            "longer": [(source, method, "longer") for method in (self.few, self.exact)],
+            "own": [(target, self.own, "grids")],
+        }[part]
 
     def race(self, name: str) -> Race:
         """Chapter 7's experiment, for its Algorithm 6: for `few` steps on the source, for `many` on the target."""
@@ -461,7 +460,7 @@ class Study:
                 path = [{key: row[key] for key in ("cost", "q", "f_star", "val")} for row in found["path"]]
                 about = {"data": name, "method": method, "seed": seed, "path": path}
                 searches.append(about | {key: found[key] for key in ("q", "cost", "wall_s")})
-        times = [{"seed": seed} | self.learned_times(seed) for seed in seeds] if "few" in parts else []
+        times = [{"seed": seed} | self.learned_times(seed) for seed in seeds] if "steps" in parts else []
         for one in times:
             del one["config"]
         problems = {name: GaussianImages.of(self.race(name).x0.cpu()) for name in (self.plan.source, self.plan.target)}
@@ -501,7 +500,6 @@ def _about() -> dict[str, object]:
     """Everything but the sizes."""
     return {
         "parts": list(PARTS),
-        "stepped": list(STEPPED),
         "untuned": {name: [FIXED[name][0], list(FIXED[name][1])] for name in UNTUNED},
         "rules": list(RULES),
         "times": dict(TIMES),
