@@ -7,8 +7,8 @@ The protocol, fixed before the test split was read:
   are what chapter 7 learned for `many` steps (the q of the same repetition), the best schedule for `few` steps if the
   training images were Gaussian (`best_schedule`: no network, no search), and three schedules that nobody searched for.
   Everyone's q trains a denoiser from scratch, with the same steps and seeds.
-- Who trains, who steps. At `few` steps the denoisers of EARLY and of Algorithm 6 also sample at other schedules'
-  signal levels, that is at those of their own times whose levels are nearest. The rules of RULES get their ends from
+- Who trains, who steps. At `few` steps the denoisers of EARLY, the default cosine and Algorithm 6 also sample at other
+  schedules' signal levels, that is at those of their own times whose levels are nearest. The rules of RULES get their ends from
   the cosine that stops at 0.95. "learned times" are the times of a denoiser of that schedule, by descent of the
   distance to the VALIDATION split through the sampler, with the weights fixed.
 - Transfer: the q that chapter 7 learned on the source, unchanged, train denoisers of the target data, against the three
@@ -321,7 +321,7 @@ class Study:
         source, target, (_, *others) = self.plan.source, self.plan.target, UNTUNED
         return {
             "few": [(source, method, "grids") for method in (self.few, EARLY, self.many, self.exact)],
-            "steps": [(source, method, "rules") for method in (EARLY, self.few)],
+            "steps": [(source, method, "rules") for method in (EARLY, self.few, "cosine")],
             "transfer": [(target, method, "grids") for method in (self.many, *UNTUNED)],
             "untuned": [(source, method, "grids") for method in others],
             "longer": [(source, method, "longer") for method in (self.few, self.exact)],
