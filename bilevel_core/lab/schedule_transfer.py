@@ -8,9 +8,9 @@ The protocol, fixed before the test split was read:
   training images were Gaussian (`best_schedule`: no network, no search), and three schedules that nobody searched for.
   Everyone's q trains a denoiser from scratch, with the same steps and seeds.
 - Who trains, who steps. At `few` steps the denoisers of EARLY, the default cosine and Algorithm 6 also sample at other
-  schedules' signal levels, that is at those of their own times whose levels are nearest. The rules of RULES get their ends from
-  the cosine that stops at 0.95. "learned times" are the times of a denoiser of that schedule, by descent of the
-  distance to the VALIDATION split through the sampler, with the weights fixed.
+  schedules' signal levels, that is at those of their own times whose levels are nearest. The rules of RULES get their
+  ends from the cosine that stops at 0.95. "learned times" are the times of a denoiser of that schedule, by descent of
+  the distance to the VALIDATION split through the sampler, with the weights fixed.
 - Transfer: the q that chapter 7 learned on the source, unchanged, train denoisers of the target data, against the three
   schedules and against Algorithm 6 run on the target itself with `many` steps.
 - Sampling starts from N(0, I), eta = 0. Searches and descents see training and validation splits only, and nothing in
