@@ -45,7 +45,7 @@ from .schedule_race import FIXED, SEARCH_SEEDS, Race
 
 EARLY = "cosine, end 0.95"  # the competitor that costs nothing
 UNTUNED = (EARLY, "cosine", "linear")
-PARTS = ("few", "steps", "transfer", "untuned", "longer", "own")
+PARTS = ("few", "steps", "transfer", "cliff", "untuned", "longer", "own")
 RULES = ("log-SNR", "Karras", "angles")
 TIMES = {"samples": 256, "rounds": 40, "rate": 0.02}  # of `learn_times`
 SOURCE_RESULT = "07_noise_schedule_mnist"
@@ -318,12 +318,13 @@ class Study:
 
     def jobs(self, part: str) -> list[tuple[str, str, str]]:
         """(data, method, what to mark) of one of PARTS."""
-        source, target, (_, *others) = self.plan.source, self.plan.target, UNTUNED
+        source, target = self.plan.source, self.plan.target
         return {
             "few": [(source, method, "grids") for method in (self.few, EARLY, self.many, self.exact)],
-            "steps": [(source, method, "rules") for method in (EARLY, self.few, "cosine")],
-            "transfer": [(target, method, "grids") for method in (self.many, *UNTUNED)],
-            "untuned": [(source, method, "grids") for method in others],
+            "steps": [(source, method, "rules") for method in (EARLY, self.few)],
+            "transfer": [(target, method, "grids") for method in (self.many, EARLY)],
+            "cliff": [(source, "cosine", what) for what in ("rules", "grids")],
+            "untuned": [(target, "linear", "grids"), (target, "cosine", "grids"), (source, "linear", "grids")],
             "longer": [(source, method, "longer") for method in (self.few, self.exact)],
             "own": [(target, self.own, "grids")],
         }[part]
