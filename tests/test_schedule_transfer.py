@@ -194,7 +194,7 @@ def test_wrong_input_is_named(tmp_path):
     study = schedule_transfer.Study(PLAN, tmp_path, GIVEN)
     with pytest.raises(ValueError, match=r"no q was given for seed 7, only for \[0, 1\]"):
         study.choose("mnist8", study.many, 7)
-    with pytest.raises(ValueError, match="part 'all' is not one of few, steps, transfer, cliff, untuned, longer, own"):
+    with pytest.raises(ValueError, match="part 'all' is not one of few, steps, transfer, gaussian, cliff, untuned, longer, own"):
         study.run([0], ["all"])
     changed = study.protocol() | {"times": {}}
     with pytest.raises(ValueError, match="another protocol \\(times\\)"):
@@ -229,14 +229,16 @@ def test_the_whole_study_resumes_and_is_recorded(tmp_path, monkeypatch):
     assert path.name == "09_schedules.json" and result["provenance"]["cost"]["units"] > 0
     rows = found["rows"]
     assert all(math.isfinite(row["frechet"]) for row in rows)
-    of_few = [row for row in rows if row["method"] == study.few and row["seed"] == 0]
-    assert [row["steps"] for row in of_few if row["what"] != "rules"] == [2, 4, 5]
-    rules = {row["rule"]: row for row in of_few if row["what"] == "rules"}
-    assert set(rules) == {schedule_transfer.EARLY, study.few, *schedule_transfer.RULES, "learned times"}
-    assert rules[study.few]["ts"] == [20, 10] and rules[study.few]["frechet"] == of_few[0]["frechet"]
+    of_exact = [row for row in rows if (row["data"], row["method"], row["seed"]) == ("mnist8", study.exact, 0)]
+    assert [row["steps"] for row in of_exact if row["what"] != "rules"] == [2, 4, 5]
+    rules = {row["rule"]: row for row in of_exact if row["what"] == "rules"}
+    assert set(rules) == {schedule_transfer.EARLY, study.few, study.exact, *schedule_transfer.RULES, "learned times"}
+    assert rules[study.exact]["ts"] == [20, 10] and rules[study.exact]["frechet"] == of_exact[0]["frechet"]
     assert {row["method"] for row in rows if row["data"] == "digits8"} == set(schedule_transfer.UNTUNED) | {
         study.many,
         study.own,
+        study.exact,
+        study.exact_own,
     }
     assert {row["train_cost"] for row in rows if row["data"] == "mnist8"} == {3 * 16 * 4}
     assert {row["train_cost"] for row in rows if row["data"] == "digits8"} == {3 * 16 * 3}
@@ -246,9 +248,9 @@ def test_the_whole_study_resumes_and_is_recorded(tmp_path, monkeypatch):
     }
     problems = schedule_transfer.gaussians(found["gaussians"])
     assert problems["mnist8"].s.shape == (64,)
-    assert study.exact_q == [
-        round(value, 4) for value in schedule_transfer.best_schedule(problems["mnist8"], 2, 20)[0].tolist()
-    ]
+    for name, problem in problems.items():
+        q, _ = schedule_transfer.best_schedule(problem, 2, 20)
+        assert study.exact_q[name] == [round(value, 4) for value in q.tolist()]
 
     # A run that is cut after some pieces and goes on gives the same numbers.
     again = schedule_transfer.Study(PLAN, tmp_path / "b", GIVEN, force=True)
