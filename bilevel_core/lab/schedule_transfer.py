@@ -7,18 +7,18 @@ The protocol, fixed before the test split was read:
   are what chapter 7 learned for `many` steps (the q of the same repetition), the best schedule for `few` steps if the
   training images were Gaussian (`best_schedule`: no network, no search), and three schedules that nobody searched for.
   Everyone's q trains a denoiser from scratch, with the same steps and seeds.
-- Who trains, who steps. At `few` steps the denoisers of EARLY, of the Gaussian's schedule and of the default cosine also
-  sample at other schedules' signal levels, that is at those of their own times whose levels are nearest. The rules of
-  RULES get their ends from the cosine that stops at 0.95. "learned times" are the times of a denoiser of that schedule,
-  by descent of the distance to the VALIDATION split through the sampler, with the weights fixed.
+- Who trains, who steps. At `few` steps the denoisers of EARLY, of the Gaussian's schedule and of the default cosine
+  also sample at other schedules' signal levels, that is at those of their own times whose levels are nearest. The rules
+  of RULES get their ends from the cosine that stops at 0.95. "learned times" are the times of a denoiser of that
+  schedule, by descent of the distance to the VALIDATION split through the sampler, with the weights fixed.
 - Transfer: the q that chapter 7 learned on the source, unchanged, train denoisers of the target data, against the three
   schedules and against Algorithm 6 run on the target itself with `many` steps.
 - Sampling starts from N(0, I), eta = 0. Searches and descents see training and validation splits only, and nothing in
   them was tuned here but the constants of `learn_times`, on the validation split with seed 9000. Whatever is reported
   is measured on the TEST split, by n samples. The features are those of the source's classifier on both data sets. The
   target's test split is small, so the Frechet distance has a bias there which all methods share; KID has none.
-- Added after the rows of "few" had been read, because the Gaussian's schedule had won there: its denoisers and levels in
-  "steps", and "gaussian", which carries it to the target beside the target's own.
+- Added after the rows of "few" had been read, because the Gaussian's schedule had won there: its denoisers and levels
+  in "steps", and "gaussian", which carries it to the target beside the target's own.
 - One seed is one repetition, search and training. Methods of one seed are compared in pairs. The run goes through PARTS
   in their order, from the questions to what rounds them off; a result names those that it has.
 """
