@@ -194,7 +194,7 @@ def test_wrong_input_is_named(tmp_path):
     study = schedule_transfer.Study(PLAN, tmp_path, GIVEN)
     with pytest.raises(ValueError, match=r"no q was given for seed 7, only for \[0, 1\]"):
         study.choose("mnist8", study.many, 7)
-    with pytest.raises(ValueError, match="part 'all' is not one of few, steps, transfer, gaussian, cliff"):
+    with pytest.raises(ValueError, match="part 'all' is not one of few, steps, transfer, longer, gaussian"):
         study.run([0], ["all"])
     changed = study.protocol() | {"times": {}}
     with pytest.raises(ValueError, match="another protocol \\(times\\)"):

@@ -47,7 +47,7 @@ from .schedule_race import FIXED, SEARCH_SEEDS, Race
 
 EARLY = "cosine, end 0.95"  # the competitor that costs nothing
 UNTUNED = (EARLY, "cosine", "linear")
-PARTS = ("few", "steps", "transfer", "gaussian", "cliff", "untuned", "longer", "own")
+PARTS = ("few", "steps", "transfer", "longer", "gaussian", "cliff", "untuned", "own")
 RULES = ("log-SNR", "Karras", "angles")
 TIMES = {"samples": 256, "rounds": 40, "rate": 0.02}  # of `learn_times`
 SOURCE_RESULT = "07_noise_schedule_mnist"
@@ -331,10 +331,10 @@ class Study:
             "few": [(source, method, "grids") for method in (self.few, EARLY, self.many, self.exact)],
             "steps": [(source, method, "rules") for method in (EARLY, self.exact)],
             "transfer": [(target, method, "grids") for method in (self.many, EARLY)],
-            "gaussian": [(target, method, "grids") for method in (self.exact, self.exact_own)],
+            "longer": [(source, self.exact, "longer")],
+            "gaussian": [(target, method, "grids") for method in (self.exact_own, self.exact)],
             "cliff": [(source, "cosine", what) for what in ("rules", "grids")],
             "untuned": [(target, "linear", "grids"), (target, "cosine", "grids"), (source, "linear", "grids")],
-            "longer": [(source, method, "longer") for method in (self.few, self.exact)],
             "own": [(target, self.own, "grids")],
         }[part]
 
