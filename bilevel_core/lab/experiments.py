@@ -122,7 +122,7 @@ def real_features(name: str, split: str) -> Tensor:
 def measure(
     sampler: Callable,
     abar: Tensor,
-    steps: int,
+    steps: int | list[int],
     side: int,
     classifier: networks._Classifier,
     reference: Tensor,
@@ -136,11 +136,13 @@ def measure(
 ) -> dict[str, float]:
     """What n samples of `generate` in so many DDIM steps are worth, against the features (m, d) of real images.
 
+    steps  their number, or the times themselves, falling
     Returns "frechet" and "kid" (over so many subsets) of the classifier's features, the classifier's "score", and the
     "cost" of sampling in image forwards. force=True allows too few samples for a distance, which then means nothing.
     """
     meter = CostMeter(sampler)
-    images = generate(meter, abar, timesteps(len(abar) - 1, steps), n, side, eta=eta, seed=seed, device=device)
+    ts = timesteps(len(abar) - 1, steps) if isinstance(steps, int) else steps
+    images = generate(meter, abar, ts, n, side, eta=eta, seed=seed, device=device)
     with torch.no_grad():
         features = torch.cat([classifier.features(x) for x in images.split(1000)])
         logits = classifier.head(features).cpu()
