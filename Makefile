@@ -17,11 +17,12 @@ ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book test fast lab bench sweep format clean
+.PHONY: help book pdf test fast lab bench sweep format clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
 	@echo "                            smoke: for tests; quick: what readers see; full: for a GPU"
+	@echo "make pdf [PROFILE=quick]    the same as one file, _build/PROFILE/book.pdf (needs Chromium)"
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
@@ -33,6 +34,9 @@ help:
 
 book: $(READY)
 	@$(BIN)/python book/build.py --profile $(PROFILE)
+
+pdf: book
+	@$(BIN)/python book/pdf.py --profile $(PROFILE)
 
 test: fast
 	$(BIN)/python book/build.py --profile smoke

@@ -64,6 +64,5 @@ def served(folder: Path) -> Iterator[str]:
 
 def settle(page: Any) -> None:
     """Wait until a page's mathematics and fonts are there."""
-    page.evaluate(
-        "async () => { if (window.MathJax && MathJax.startup) await MathJax.startup.promise; await document.fonts.ready }"
-    )
+    wait = "if (window.MathJax && MathJax.startup) await MathJax.startup.promise; await document.fonts.ready;"
+    page.evaluate(f"async () => {{ {wait} }}")

@@ -242,7 +242,7 @@ def stage(
     """Lay out in `src` everything that Jupyter Book reads. written: what stands for each comment <!-- name -->."""
     shutil.rmtree(src, ignore_errors=True)
     (src / "notebooks").mkdir(parents=True)
-    left_out = shutil.ignore_patterns("*.py", "*.js", "__pycache__", "results")
+    left_out = shutil.ignore_patterns("*.py", "*.js", "print.css", "__pycache__", "results")
     shutil.copytree(ROOT / "book", src / "book", ignore=left_out)
     for page in (src / "book").rglob("*.md"):
         text = page.read_text(encoding="utf-8")

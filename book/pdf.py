@@ -1,6 +1,6 @@
 """The built book as one PDF: every page printed by Chromium, joined with bookmarks, page numbers and working links.
 
-    python book/pdf.py --profile smoke|quick|full     what `make pdf` calls, after the site is built
+python book/pdf.py --profile smoke|quick|full     what `make pdf` calls, after the site is built
 """
 
 from __future__ import annotations
@@ -10,55 +10,39 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urldefrag, urljoin
+from urllib.parse import unquote, urldefrag
 
 import yaml
-from browser import chromium, served, settle
 from pypdf import PdfReader, PdfWriter
-from pypdf.annotations import Link
-from pypdf.generic import ArrayObject, DictionaryObject, Fit, NameObject
+from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NullObject
 
 from bilevel_core.lab import runs
+from browser import chromium, served, settle
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 PAPER = {"format": "A4", "print_background": True, "prefer_css_page_size": False}
 MARGIN = {"top": "16mm", "bottom": "18mm", "left": "15mm", "right": "15mm"}
-# What paper has no use for; what would be cut at its edge; and what the theme hides in print although it says something.
-CSS = """
-@page { size: A4; }
-.bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-footer, .bd-footer-content,
-.prev-next-footer, .footer-article, #pst-back-to-top, .skip-link, #pst-skip-link, .copybtn, .headerlink, .blx button,
-.blx-controls input, .toggle-button, .tb-button, #jb-print-docs-body, .pst-scroll-pixel-helper { display: none !important; }
-html, body { background: #fff !important; font-size: 10.5pt; }
-.bd-main, .bd-content, .bd-article-container, .bd-article, .bd-container, .bd-container__inner {
-  display: block !important; max-width: 100% !important; width: 100% !important; padding: 0 !important; margin: 0 !important;
-}
-.bd-article pre, .bd-article code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
-.bd-article pre { font-size: 8pt; }
-.bd-article table { font-size: 8.5pt; width: 100%; }
-.bd-article .pst-scrollable-table-container, .bd-article div.math, .bd-article .output { overflow: visible !important; }
-.bd-article h1, .bd-article h2, .bd-article h3 { break-after: avoid; }
-.bd-article figure, .bd-article img, .blx, .sd-card, .bd-article tr { break-inside: avoid; }
-.toggle-hidden, .toggle > *, details > * { display: revert; }
-"""
 OPEN = """() => {
   document.documentElement.dataset.theme = document.documentElement.dataset.mode = "light";
   document.querySelectorAll("details").forEach((node) => { node.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((node) => node.classList.remove("toggle-hidden"));
   const width = document.querySelector(".bd-article").clientWidth;
   document.querySelectorAll(".bd-article div.math mjx-container").forEach((node) => {
-    const wide = node.scrollWidth / width;
-    if (wide > 1) node.style.setProperty("font-size", `${Math.floor(100 / wide)}%`, "important");
+    const wide = Math.max(node.scrollWidth, node.getBoundingClientRect().width) / width;
+    if (wide > 1) node.style.setProperty("font-size", `${Math.floor(115 / wide)}%`, "important");
   });
 }"""
+
+
+Parts = Sequence[tuple[str | None, list[str]]]
 
 
 class PdfError(Exception):
     """The book cannot be printed; the message is for the person who asked for it."""
 
 
-def toc(text: str) -> list[tuple[str | None, list[str]]]:
+def toc(text: str) -> Parts:
     """(part, its pages) in the order of _toc.yml; the first page stands in a part without a name."""
     contents = yaml.safe_load(text)
     parts = [(part["caption"], [chapter["file"] for chapter in part["chapters"]]) for part in contents["parts"]]
@@ -69,12 +53,14 @@ def print_pages(html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes
     """(title, PDF) of each page as paper shows it, and the address the site had meanwhile."""
     printed = []
     with served(html) as url, chromium() as browser:
-        context = browser.new_context(color_scheme="light", reduced_motion="reduce", viewport={"width": 760, "height": 1000})
+        context = browser.new_context(
+            color_scheme="light", reduced_motion="reduce", viewport={"width": 760, "height": 1000}
+        )
         for name in names:
             page = context.new_page()
             page.emulate_media(media="print")
             page.goto(f"{url}/{name}.html", wait_until="load")
-            page.add_style_tag(content=CSS)
+            page.add_style_tag(path=HERE / "print.css")
             settle(page)
             page.evaluate(OPEN)
             title = page.locator(".bd-article h1").first.evaluate("(h) => h.childNodes[0].textContent.trim()")
@@ -93,3 +79,97 @@ def number_pages(count: int) -> bytes:
         page = browser.new_page()
         page.set_content(f"<!doctype html><style>{style}</style>{body}")
         return page.pdf(format="A4", print_background=False, prefer_css_page_size=True)
+
+
+def join(
+    chapters: Sequence[tuple[str, str, bytes]], parts: Sequence[tuple[str | None, list[str]]], url: str
+) -> PdfWriter:
+    """One PDF of (name, title, PDF of the page): bookmarks by part, numbers at the foot, links that lead inside."""
+    writer, first, places = PdfWriter(), {}, {}
+    for name, _, content in chapters:
+        reader = PdfReader(io.BytesIO(content))
+        first[name] = len(writer.pages)
+        places[name] = {
+            str(key).lstrip("/"): (first[name] + reader.get_destination_page_number(place), place.top)
+            for key, place in reader.named_destinations.items()
+        }
+        writer.append(reader, import_outline=False)
+    starts = sorted((start, name) for name, start in first.items())
+    for number, page in enumerate(writer.pages):
+        here = [name for start, name in starts if start <= number][-1]
+        for annotation in page.get("/Annots") or ():
+            lead_inside(writer, annotation.get_object(), here, first, places, url)
+    numbers = PdfReader(io.BytesIO(number_pages(len(writer.pages))))
+    for page, number in zip(writer.pages, numbers.pages, strict=True):
+        page.merge_page(number)
+    titles = {name: title for name, title, _ in chapters}
+    for caption, names in parts:
+        above = writer.add_outline_item(caption, first[names[0]], bold=True) if caption else None
+        for name in names:
+            writer.add_outline_item(titles[name], first[name], parent=above)
+    writer.page_mode = "/UseOutlines"
+    return writer
+
+
+def lead_inside(
+    writer: PdfWriter,
+    link: DictionaryObject,
+    here: str,
+    first: dict[str, int],
+    places: dict[str, dict[str, tuple[int, float]]],
+    url: str,
+) -> None:
+    """Turns a link to a page of the site, or to a place on its own page, into one to the place in the book."""
+    target = str(link.get("/A", {}).get("/URI", ""))
+    if target.startswith(f"{url}/"):
+        page, place = urldefrag(target.removeprefix(f"{url}/"))
+        name, place = page.removesuffix(".html"), unquote(place)
+    elif "/Dest" in link and not isinstance(link["/Dest"], ArrayObject):
+        name, place = here, str(link["/Dest"]).lstrip("/")
+    else:
+        return
+    if name not in first:
+        raise PdfError(f"{here} links to {target or place}, which is no page of the book")
+    number, top = places[name].get(place, (first[name], None))
+    link.pop("/A", None)
+    height = NullObject() if top is None else FloatObject(top)
+    goal = [writer.pages[number].indirect_reference, NameObject("/XYZ"), NullObject(), height, NullObject()]
+    link[NameObject("/Dest")] = ArrayObject(goal)
+
+
+def make(profile: str) -> Path:
+    """Print the book built at a profile. Raises PdfError if there is no such build, or no browser."""
+    out = ROOT / "_build" / profile
+    html = out / "site" / "_build" / "html"
+    if not (html / "index.html").is_file():
+        raise PdfError(f"there is no built site at profile {profile}: run `make book PROFILE={profile}` first")
+    parts = toc((out / "src" / "_toc.yml").read_text(encoding="utf-8"))
+    names = [name for _, inside in parts for name in inside]
+    try:
+        printed, url = print_pages(html, names)
+        book = join([(name, *page) for name, page in zip(names, printed, strict=True)], parts, url)
+    except RuntimeError as error:
+        raise PdfError(str(error)) from error
+    config = yaml.safe_load((out / "src" / "_config.yml").read_text(encoding="utf-8"))
+    book.add_metadata({"/Title": config["title"], "/Author": config["author"]})
+    book.compress_identical_objects()
+    stream = io.BytesIO()
+    book.write(stream)
+    return runs.write_atomic(out / "book.pdf", stream.getvalue())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=("smoke", "quick", "full"), default="quick", help="which build to print")
+    options = parser.parse_args(argv)
+    try:
+        path = make(options.profile)
+    except PdfError as error:
+        print(f"no PDF: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(PdfReader(path).pages)} pages, {path.stat().st_size / 1e6:.1f} MB: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
