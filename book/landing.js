@@ -15,7 +15,8 @@ const level = (i) => (i % 2 ? bytes[i >> 1] & 15 : bytes[i >> 1] >> 4);
 
 const k = Math.min(passed, path.length - 2);
 const lam = path[k] * (path[k + 1] / path[k]) ** (values.step - k);
-const [i, part] = place(data.places, lam);
+const [i, along] = place(data.places, lam);
+const part = Math.min(Math.max((along - 0.4) / 0.2, 0), 1); // the nearest recorded images; they dissolve halfway
 const images = Array.from({ length: data.shown }, (_, n) => ({
   label: "",
   pixels: Array.from({ length: data.side }, (_, row) =>

@@ -123,6 +123,7 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
         before, after = now.path[k], now.path[k + 1]
         lam = before * (after / before) ** (step - k)
         i, part = position(LAMS, lam)
+        part = min(max((part - 0.4) / 0.2, 0.0), 1.0)  # the nearest recorded images; they dissolve halfway
         blend = (now.images[i].double() * (1 - part) + now.images[i + 1].double() * part) * 2 / (LEVELS - 1) - 1
         seen = now.path[: int(step + 1e-9) + 1]
         best = max(range(len(now.curve)), key=now.curve.__getitem__)
@@ -196,8 +197,8 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
             "every image is a blot; pulled right, a bold two; for a medium nine the right answer is not to pull. "
             f"Recorded: {n:,} samples of the pre-trained model a prompt, and particles (Algorithm 5) at five small λ, "
             "200 in a run. Algorithm 2 runs in the build, on the samples and one run; the curve is measured by three "
-            f"others. The images are {SHOWN} recorded ones at each of ten λ, blended in between. Chapter 5 has the "
-            "whole story, and its errors."
+            f"others. The images are {SHOWN} recorded ones at the nearest of ten λ. Chapter 5 has the whole story, and "
+            "its errors."
         ),
         alt=(
             "Animation: eight generated digits, from blots to legible digits, while a dot climbs the measured curve of "

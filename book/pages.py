@@ -108,7 +108,7 @@ def chapter_map(
     badge: Callable[[str], str],
 ) -> str:
     """Markdown for book/index.md: a card for each chapter. badge: name -> Markdown of its badge, or nothing."""
-    lines = ["::::{grid} 1 1 2 2", ":gutter: 3", ":class-container: chapter-map", ""]
+    lines = [":::::{grid} 1 1 2 2", ":gutter: 3", ":class-container: chapter-map", ""]
     linked = any(chapter.name == REPORT for chapter in listed)
     for chapter in listed:
         gpu = NOT_RUN
@@ -121,14 +121,16 @@ def chapter_map(
         if said:
             foot.append("**Claims** " + (f"[{said}](../notebooks/{REPORT}.ipynb)" if linked else said))
         lines += [
-            f":::{{grid-item-card}} [{chapter.heading}](../notebooks/{chapter.name}.ipynb)",
+            f"::::{{grid-item-card}} [{chapter.heading}](../notebooks/{chapter.name}.ipynb)",
             chapter.question,
-            "+++",
+            "",
+            ":::{card-footer}",
             " · ".join(foot) + (f"\n\n{badge(chapter.name)}" if badge(chapter.name) else ""),
             ":::",
+            "::::",
             "",
         ]
-    return "\n".join([*lines, "::::"])
+    return "\n".join([*lines, ":::::"])
 
 
 def readme_table(listed: Sequence[Chapter], judged: Mapping[str, Mapping[str, int]]) -> str:
@@ -262,7 +264,7 @@ def _recorded(records: Sequence[Mapping[str, Any]]) -> str:
         hardware, commit = made["hardware"], made["commit"] or "unknown"
         rows.append(
             [
-                f"`{record['name']}`",
+                record["name"].replace("_", "_<wbr>"),
                 record["tier"],
                 made["date"][:10],
                 f"`{commit[:7]}`" + (" (changed)" if made["dirty"] else ""),
