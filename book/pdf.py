@@ -21,9 +21,10 @@ from browser import chromium, served, settle
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAPER = {"format": "A4", "print_background": True, "prefer_css_page_size": False}
+PAPER = {"format": "A4", "print_background": True, "outline": True, "tagged": True}
 MARGIN = {"top": "16mm", "bottom": "18mm", "left": "15mm", "right": "15mm"}
-OPEN = """() => {
+COUNT = "() => ['.math', 'mjx-container'].map((name) => document.querySelectorAll(name).length)"
+OPEN = """async () => {
   document.documentElement.dataset.theme = document.documentElement.dataset.mode = "light";
   document.querySelectorAll("details").forEach((node) => { node.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((node) => node.classList.remove("toggle-hidden"));
@@ -32,6 +33,8 @@ OPEN = """() => {
     const wide = Math.max(node.scrollWidth, node.getBoundingClientRect().width) / width;
     if (wide > 1) node.style.setProperty("font-size", `${Math.floor(115 / wide)}%`, "important");
   });
+  const frame = () => new Promise(requestAnimationFrame);
+  for (let i = 0; i < 3; i += 1) await frame(); // plots are drawn again at the width of the paper
 }"""
 
 
@@ -53,9 +56,8 @@ def print_pages(html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes
     """(title, PDF) of each page as paper shows it, and the address the site had meanwhile."""
     printed = []
     with served(html) as url, chromium() as browser:
-        context = browser.new_context(
-            color_scheme="light", reduced_motion="reduce", viewport={"width": 760, "height": 1000}
-        )
+        paper = {"width": 680, "height": 1000}  # the width between the margins, at which plots are drawn
+        context = browser.new_context(color_scheme="light", reduced_motion="reduce", viewport=paper)
         for name in names:
             page = context.new_page()
             page.emulate_media(media="print")
@@ -63,6 +65,9 @@ def print_pages(html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes
             page.add_style_tag(path=HERE / "print.css")
             settle(page)
             page.evaluate(OPEN)
+            written, typeset = page.evaluate(COUNT)
+            if typeset < written:
+                raise PdfError(f"{name}: {written} formulas are written, {typeset} were set")
             title = page.locator(".bd-article h1").first.evaluate("(h) => h.childNodes[0].textContent.trim()")
             printed.append((title, page.pdf(**PAPER, margin=MARGIN)))
             page.close()
@@ -85,7 +90,7 @@ def join(
     chapters: Sequence[tuple[str, str, bytes]], parts: Sequence[tuple[str | None, list[str]]], url: str
 ) -> PdfWriter:
     """One PDF of (name, title, PDF of the page): bookmarks by part, numbers at the foot, links that lead inside."""
-    writer, first, places = PdfWriter(), {}, {}
+    writer, first, places, sections = PdfWriter(), {}, {}, {}
     for name, _, content in chapters:
         reader = PdfReader(io.BytesIO(content))
         first[name] = len(writer.pages)
@@ -93,6 +98,9 @@ def join(
             str(key).lstrip("/"): (first[name] + reader.get_destination_page_number(place), place.top)
             for key, place in reader.named_destinations.items()
         }
+        under = [item for item in reader.outline if isinstance(item, list)][:1]  # what stands below the page's title
+        inside = [item for item in (under[0] if under else ()) if not isinstance(item, list)]
+        sections[name] = [(once(item.title), first[name] + reader.get_destination_page_number(item)) for item in inside]
         writer.append(reader, import_outline=False)
     starts = sorted((start, name) for name, start in first.items())
     for number, page in enumerate(writer.pages):
@@ -104,11 +112,20 @@ def join(
         page.merge_page(number)
     titles = {name: title for name, title, _ in chapters}
     for caption, names in parts:
-        above = writer.add_outline_item(caption, first[names[0]], bold=True) if caption else None
+        above = writer.add_outline_item(title=caption, page_number=first[names[0]], bold=True) if caption else None
         for name in names:
-            writer.add_outline_item(titles[name], first[name], parent=above)
+            place = {"page_number": first[name], "parent": above, "is_open": False}
+            chapter = writer.add_outline_item(title=titles[name], **place)
+            for title, number in sections[name]:
+                writer.add_outline_item(title=title, page_number=number, parent=chapter)
     writer.page_mode = "/UseOutlines"
     return writer
+
+
+def once(title: str) -> str:
+    """A title; Chromium says one twice whose line it moved to the next page."""
+    half = title[: len(title) // 2]
+    return half if half * 2 == title else title
 
 
 def lead_inside(
