@@ -30,7 +30,8 @@ from . import runs
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "cannot be tested here")
 REPRODUCED, PARTLY, NOT_REPRODUCED, UNTESTED = VERDICTS
-PARTS = ("the method", "entropy strength", "noise schedule", "full size")
+PARTS = ("the method", "entropy strength", "noise schedule", "released code", "full size")
+METHOD, ENTROPY, SCHEDULE, CODE, SIZE = PARTS
 TIE = 0.1  # CLIP points within which two regrets of chapter 5 count as equal
 
 
@@ -227,7 +228,7 @@ def lam_root(slope: Callable[[torch.Tensor], torch.Tensor], low: float = 0.05, h
 
 @_claim(
     "penalty-gradient",
-    PARTS[0],
+    METHOD,
     "02_generative_bilevel#the-value-function-penalty",
     "Algorithm 1: a bilevel problem over distributions is solved with first derivatives only, by a penalty and two "
     "lower-level solutions.",
@@ -249,7 +250,7 @@ def _penalty_gradient(_: Records) -> Finding:
 
 @_claim(
     "gamma-bias",
-    PARTS[0],
+    METHOD,
     "02_generative_bilevel#how-large-must-gamma-be",
     "The bias of the penalty gradient is O(1/γ).",
     "1-D mixture: distance of the root of dL_γ/dλ from λ*, γ = 100 to 10,000.",
@@ -266,7 +267,7 @@ def _gamma_bias(_: Records) -> Finding:
 
 @_claim(
     "gamma-one",
-    PARTS[0],
+    CODE,
     "06_learning_noise_schedules#gamma-who-gets-to-improve-the-samples",
     "γ = 1, the setting of the released code for schedules, is large enough.",
     "MNIST 8×8: Algorithm 6's gradient at γ = 1 against whole retrainings at two points, and schedules learned at "
@@ -319,7 +320,7 @@ def validated(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @_claim(
     "algorithm-2",
-    PARTS[0],
+    METHOD,
     "03_learning_lambda#where-it-ends",
     "Algorithm 2 learns the entropy strength λ from samples of the pre-trained model.",
     "1-D mixture, quadrature nodes for samples, from λ = 0.01, 5 and 100, γ = 1,000.",
@@ -347,7 +348,7 @@ def learned_exactly(**options: Any) -> list[float]:
 
 @_claim(
     "released-gradient",
-    PARTS[0],
+    CODE,
     "03_learning_lambda#swapped-arguments-what-est1-optimises",
     "The released code's estimator of the gradient in λ (est1) finds the best λ.",
     "1-D mixture, exact expectations: the root of est1 at γ = 1, 10, 1,000 against λ*.",
@@ -372,7 +373,7 @@ def _released_gradient(_: Records) -> Finding:
 
 @_claim(
     "algorithm-3",
-    PARTS[0],
+    METHOD,
     "01_diffusion#training-predict-the-noise",
     "Algorithm 3: score network training.",
     "MNIST 8×8, 1,500 training steps: the share of the noise's variance that a trained network explains.",
@@ -394,7 +395,7 @@ def _algorithm_3(records: Records) -> Finding:
 
 @_claim(
     "algorithm-4",
-    PARTS[0],
+    METHOD,
     "01_diffusion#how-wrong-is-a-sampler-with-a-perfect-network",
     "Algorithm 4: backward sampling draws from the data's law.",
     "Gaussian data, exact denoiser: the discrete chain's standard deviation at 10, 100 and 1,000 steps; MNIST 8×8: "
@@ -424,7 +425,7 @@ def _algorithm_4(records: Records) -> Finding:
 
 @_claim(
     "algorithm-5",
-    PARTS[0],
+    METHOD,
     "04_guided_sampling#how-wrong-it-is-elsewhere",
     "Algorithm 5: guided diffusion draws from the lower level's optimum, the law tilted by the reward.",
     "N(0.3, 0.25), exact denoiser, 500 steps of DDIM: mean for a linear reward, standard deviation for a quadratic "
@@ -435,7 +436,7 @@ def _algorithm_5(_: Records) -> Finding:
     linear, quadratic = abs(bias["linear"]), abs(bias["quadratic"])
     good = [linear < 0.01, quadratic < 0.01]
     verdict = REPRODUCED if all(good) else PARTLY if any(good) else NOT_REPRODUCED
-    said = f"linear: mean off by {bias['linear']:+.2%}; quadratic: standard deviation off by {bias['quadratic']:+.0%}"
+    said = f"linear: mean off by {linear:.2%}; quadratic: standard deviation off by {bias['quadratic']:+.0%}"
     why = "reproduced where both are within 1 %, partly if one is; particles (chapter 4) remove the bias"
     return Finding(said, "exact", verdict, why)
 
@@ -465,7 +466,7 @@ def guided_bias(T: int = 500, lam: float = 0.5) -> dict[str, float]:
 
 @_claim(
     "algorithm-6",
-    PARTS[0],
+    METHOD,
     "06_learning_noise_schedules#every-estimator-against-the-truth",
     "Algorithm 6: the gradient of sample quality in the noise schedule by two networks kept warm.",
     "MNIST 8×8, γ = 10,000, 30 training steps between outer steps: the gradient at two schedules against differences "
@@ -504,7 +505,7 @@ def against_truth(record: Mapping[str, Any], name: str) -> dict[str, tuple[list[
 
 @_claim(
     "fixed-network",
-    PARTS[0],
+    CODE,
     "06_learning_noise_schedules#every-estimator-against-the-truth",
     "The gradient that the released code follows in effect, of sample quality with the network held fixed, points the "
     "right way.",
@@ -531,7 +532,7 @@ def _fixed_network(records: Records) -> Finding:
 
 @_claim(
     "stand-ins",
-    PARTS[1],
+    ENTROPY,
     "appendix_text_models#do-they-do-what-the-prompt-says",
     "(Needed for the rest.) A text-to-image model draws what a prompt says, and a CLIP score tells whether it does.",
     "The text-to-digit model and the small CLIP of this book: 1,080 images a seed read by a frozen classifier; CLIP "
@@ -585,7 +586,7 @@ def _negative(interval: tuple[float, float, float]) -> tuple[float, float, float
 def _against_finetuning(rival: str, name: str, what: str) -> None:
     @_claim(
         f"lambda-vs-{rival.lower().replace(' ', '-')}",
-        PARTS[1],
+        ENTROPY,
         "05_reward_finetuning_mnist#nine-ways-to-choose-lambda-one-price",
         f"Learning λ outperforms {name}.",
         f"MNIST, four prompts, five seeds, equal cost; rival: {what}. With two lower rewards and draws of exact laws "
@@ -604,7 +605,7 @@ for _rival, (_name, _what) in FINETUNING.items():
 
 @_claim(
     "lambda-vs-none",
-    PARTS[1],
+    ENTROPY,
     "05_reward_finetuning_mnist#nine-ways-to-choose-lambda-one-price",
     "Fine-tuning at the learned λ improves the upper reward over the pre-trained model.",
     "MNIST, four prompts, five seeds, against no tilt at all: two lower rewards (chapter 5), real guidance (chapter "
@@ -619,7 +620,7 @@ def _lambda_vs_none(records: Records) -> Finding:
 
 @_claim(
     "over-optimisation",
-    PARTS[1],
+    ENTROPY,
     "05_reward_finetuning_mnist#are-the-images-any-better",
     "A learned λ avoids over-optimising the reward.",
     "MNIST, boldness below, CLIP score above, four prompts, five seeds: the CLIP score, and the Fréchet distance to "
@@ -639,7 +640,7 @@ def _over_optimisation(records: Records) -> Finding:
 
 @_claim(
     "lambda-start",
-    PARTS[1],
+    ENTROPY,
     "03_learning_lambda#where-it-ends",
     "The learned λ does not depend on where the search for it starts (released: λ₀ = 5 or 0.01).",
     "Algorithm 2 at γ = 1,000 from λ₀ = 0.01, 1 and 5 on chapter 5's 20,000 recorded samples of each of four prompts, "
@@ -679,7 +680,7 @@ def start_spread(path: Path, starts: Sequence[float] = (0.01, 1.0, 5.0)) -> dict
 
 @_claim(
     "inference-only",
-    PARTS[1],
+    ENTROPY,
     "08_stable_diffusion#five-stages",
     "The lower level needs inference only, and its gradient is sample-efficient.",
     "Cost of choosing λ in image forwards. Digits, 600 samples of the pre-trained model a prompt (chapter 8); 20 "
@@ -732,7 +733,7 @@ SCHEDULES = {
 def _against_schedules(rival: str, name: str, what: str) -> None:
     @_claim(
         f"schedule-vs-{rival.lower()}",
-        PARTS[2],
+        SCHEDULE,
         "07_noise_schedule_mnist#equal-final-training",
         f"Learning the noise schedule outperforms {name}.",
         f"MNIST 8×8, five repetitions, equal cost of searching and equal final training; rival: {what}.",
@@ -752,7 +753,7 @@ for _rival, (_name, _what) in SCHEDULES.items():
 
 @_claim(
     "schedule-vs-default",
-    PARTS[2],
+    SCHEDULE,
     "07_noise_schedule_mnist#equal-total-cost",
     "A learned schedule is better than the usual ones, whatever is spent on them.",
     "MNIST 8×8, 10 DDIM steps, five repetitions: default cosine, sigmoid and linear, trained longer by all that "
@@ -772,7 +773,7 @@ def _schedule_vs_default(records: Records) -> Finding:
 
 @_claim(
     "schedule-vs-hand",
-    PARTS[2],
+    SCHEDULE,
     "07_noise_schedule_mnist#equal-total-cost",
     "Learning a schedule is worth its price (asked by this book; the paper may not claim it).",
     "MNIST 8×8, 10 DDIM steps, five repetitions: the cosine stopped by hand at end = 0.95, trained longer by all that "
@@ -792,7 +793,7 @@ def _schedule_vs_hand(records: Records) -> Finding:
 
 @_claim(
     "released-loop",
-    PARTS[2],
+    CODE,
     "07_noise_schedule_mnist#equal-final-training",
     "The loop of the released code, as it runs, finds better schedules than search.",
     "MNIST 8×8, 10 DDIM steps, five repetitions: zeroth order with 36 fresh samples, one direction, the released step "
@@ -809,7 +810,7 @@ def _released_loop(records: Records) -> Finding:
 
 @_claim(
     "bilevel-term",
-    PARTS[2],
+    SCHEDULE,
     "07_noise_schedule_mnist#what-each-part-is-for",
     "The bilevel term, the answer of the network to its schedule, is what makes the learned schedule good.",
     "MNIST 8×8, validation split, three repetitions: Algorithm 6 without it, at the same cost.",
@@ -862,7 +863,7 @@ def released_bill(steps: int = 50, inner: int = 10, batch: int = 128, images: in
 
 @_claim(
     "schedule-cost",
-    PARTS[2],
+    SCHEDULE,
     "06_learning_noise_schedules#algorithm-6",
     "The gradient in the schedule is computationally tractable.",
     "Image forwards of one outer step: the released code's, counted from its settings, and Algorithm 6's as recorded "
@@ -886,7 +887,7 @@ def _schedule_cost(records: Records) -> Finding:
 
 @_claim(
     "schedule-start",
-    PARTS[2],
+    SCHEDULE,
     "06_learning_noise_schedules#every-estimator-against-the-truth",
     "The learned schedule does not depend on where learning starts.",
     "MNIST 8×8: signs of Algorithm 6's gradient (γ = 10,000) at a schedule near the default and at a far one; every "
@@ -907,7 +908,7 @@ def _schedule_start(records: Records) -> Finding:
 
 @_claim(
     "stable-diffusion",
-    PARTS[3],
+    SIZE,
     "08_stable_diffusion#the-full-run",
     "On Stable Diffusion with CLIP, learning λ outperforms existing fine-tuning and search.",
     "All five stages on a tiny pipeline with random weights and on digits; the full run wants a GPU and Stable "
@@ -937,7 +938,7 @@ def _stable_diffusion(records: Records) -> Finding:
 
 @_claim(
     "memory",
-    PARTS[3],
+    SIZE,
     "08_stable_diffusion#does-it-fit",
     "The method is practical at full size: a guided step of Stable Diffusion fits on one GPU.",
     "Stable Diffusion 1.5 at 512×512 with random weights, float16: bytes alive, counted on fake tensors; float32 "
@@ -958,7 +959,7 @@ def _memory(records: Records) -> Finding:
 
 @_claim(
     "mnist-28",
-    PARTS[3],
+    SIZE,
     "07_noise_schedule_mnist#at-2828",
     "The schedule experiment on MNIST at 28×28.",
     "At 8×8 only; the profile `full` of chapter 7 wants a GPU.",
