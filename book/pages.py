@@ -13,9 +13,10 @@ from urllib.parse import unquote
 
 import nbformat
 
+from bilevel_core.lab import report
+
 NOT_RUN = "not yet run"
 REPORT = "10_reproduction_report"
-VERDICTS = ("reproduced", "partly", "not reproduced", "cannot be tested here")
 
 
 # ---------------------------------------------------------------- what a chapter is
@@ -50,10 +51,6 @@ class Chapter:
 def verdicts(claims: Iterable[Any] | None = None) -> dict[str, Counter[str]]:
     """Chapter -> how many of its claims have which verdict, from the register of the reproduction report."""
     if claims is None:
-        try:
-            from bilevel_core.lab import report
-        except ImportError:
-            return {}
         claims = report.claims()
     found: dict[str, Counter[str]] = {}
     for claim in claims:
@@ -63,7 +60,7 @@ def verdicts(claims: Iterable[Any] | None = None) -> dict[str, Counter[str]]:
 
 def counted(verdict: Mapping[str, int] | None) -> str:
     """'3 reproduced, 1 partly'; empty where there is no claim."""
-    return ", ".join(f"{verdict[name]} {name}" for name in VERDICTS if verdict and verdict.get(name))
+    return ", ".join(f"{verdict[name]} {name}" for name in report.VERDICTS if verdict and verdict.get(name))
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
