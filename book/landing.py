@@ -270,9 +270,9 @@ def still(story: Story, rows: int = 3) -> str:
     parts.append(
         text(0, 0, "CLIP score", f'text-anchor="middle" transform="translate(16,{(top + bottom) / 2}) rotate(-90)"')
     )
-    parts.append(
-        text(left, 24, f"“{story.prompt}”: recorded images of a text-to-digit model, by λ", 'font-weight="600"')
-    )
+    parts.append(text(left, 24, f"“{story.prompt}”: images by λ", 'font-weight="600"'))
+    said = f"recorded: {story.samples:,} samples, and particles (chapter 5)"
+    parts.append(text(right, 24, said, 'text-anchor="end" fill="#59636e"'))
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 378" font-size="13" fill="#1f2328" '
         'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif">'

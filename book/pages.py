@@ -132,7 +132,7 @@ def chapter_map(
 
 def readme_table(listed: Sequence[Chapter], judged: Mapping[str, Mapping[str, int]]) -> str:
     """Markdown for README.md: a line for each chapter."""
-    lines = ["| Chapter | The question it answers | Claims of the paper |", "|---|---|---|"]
+    lines = ["| Chapter | The question it answers | Claims tested |", "|---|---|---|"]
     for chapter in listed:
         said = counted(judged.get(chapter.name)) or "–"
         lines.append(f"| [{chapter.heading}](notebooks/{chapter.name}.ipynb) | {chapter.question} | {said} |")
