@@ -198,14 +198,12 @@ def status_page(
     names = [chapter.name for chapter in listed]
     parts = [_made(status), _notebooks(status, listed), _speed(status, others, names), _recorded(records)]
     full = full_runs(records, names)
-    rows = [
-        [name, full[name]["provenance"]["date"][:10], full[name]["provenance"]["hardware"]["gpu"]]
-        if name in full
-        else [name, NOT_RUN, ""]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        made = full[name]["provenance"] if name in full else None
+        rows.append([name, f"{made['date'][:10]}, {made['hardware']['gpu']}" if made else NOT_RUN])
     parts.append("## Full runs\n\nThe profile `full` on a GPU, with provenance:\n\n")
-    parts[-1] += table(["Notebook", "Date", "GPU"], rows, left=3)
+    parts[-1] += table(["Notebook", "Run"], rows, left=2)
     return "\n\n".join(part for part in parts if part)
 
 

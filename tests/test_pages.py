@@ -103,7 +103,7 @@ def test_the_status_page_tells_all():
     assert "| 3 s | 0.50 | SIZE-OF-01_one |" in text and "| all | 763 s | 1.25 |" in text
     assert "| 01_<wbr>study | recorded | 2026-02-03 | `bbbbbbb` | 2 | 2.5 h | 1.23e+06 | Other CPU, 8 cores |" in text
     assert "`bbbbbbb` (changed)" in text
-    assert "| 01_one | not yet run |  |" in text and "| appendix_two | 2026-02-03 | A GPU |" in text
+    assert "| 01_one | not yet run |" in text and "| appendix_two | 2026-02-03, A GPU |" in text
     assert "Speed by profile" not in text
     assert "changes that are not committed" in pages.status_page(status(dirty=True), [], LISTED, [])
     assert "not a git checkout" in pages.status_page(status(commit=None, dirty=None), [], LISTED, [])
