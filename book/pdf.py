@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import yaml
@@ -52,10 +53,10 @@ def toc(text: str) -> Parts:
     return [(None, [contents["root"]]), *parts]
 
 
-def print_pages(html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes]], str]:
+def print_pages(browser: Any, html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes]], str]:
     """(title, PDF) of each page as paper shows it, and the address the site had meanwhile."""
     printed = []
-    with served(html) as url, chromium() as browser:
+    with served(html) as url:
         paper = {"width": 680, "height": 1000}  # the width between the margins, at which plots are drawn
         context = browser.new_context(color_scheme="light", reduced_motion="reduce", viewport=paper)
         for name in names:
@@ -75,15 +76,16 @@ def print_pages(html: Path, names: Sequence[str]) -> tuple[list[tuple[str, bytes
     return printed, url
 
 
-def number_pages(count: int) -> bytes:
+def number_pages(browser: Any, count: int) -> bytes:
     """A PDF of empty pages with their numbers at the foot, to be laid over the book."""
     style = "@page{size:A4;margin:0}body{margin:0}p{height:296mm;margin:0;position:relative;break-after:page}"
     style += "span{position:absolute;bottom:9mm;width:100%;text-align:center;font:9pt sans-serif;color:#59636e}"
     body = "".join(f"<p><span>{number}</span></p>" for number in range(1, count + 1))
-    with chromium() as browser:
-        page = browser.new_page()
-        page.set_content(f"<!doctype html><style>{style}</style>{body}")
-        return page.pdf(format="A4", print_background=False, prefer_css_page_size=True)
+    page = browser.new_page()
+    page.set_content(f"<!doctype html><style>{style}</style>{body}")
+    numbers = page.pdf(format="A4", print_background=False, prefer_css_page_size=True)
+    page.close()
+    return numbers
 
 
 def join(
@@ -107,9 +109,6 @@ def join(
         here = [name for start, name in starts if start <= number][-1]
         for annotation in page.get("/Annots") or ():
             lead_inside(writer, annotation.get_object(), here, first, places, url)
-    numbers = PdfReader(io.BytesIO(number_pages(len(writer.pages))))
-    for page, number in zip(writer.pages, numbers.pages, strict=True):
-        page.merge_page(number)
     titles = {name: title for name, title, _ in chapters}
     for caption, names in parts:
         above = writer.add_outline_item(title=caption, page_number=first[names[0]], bold=True) if caption else None
@@ -154,19 +153,19 @@ def lead_inside(
     link[NameObject("/Dest")] = ArrayObject(goal)
 
 
-def make(profile: str) -> Path:
-    """Print the book built at a profile. Raises PdfError if there is no such build, or no browser."""
+def make(profile: str, browser: Any) -> Path:
+    """Print the book built at a profile. Raises PdfError if there is no such build or a formula is not set."""
     out = ROOT / "_build" / profile
     html = out / "site" / "_build" / "html"
     if not (html / "index.html").is_file():
         raise PdfError(f"there is no built site at profile {profile}: run `make book PROFILE={profile}` first")
     parts = toc((out / "src" / "_toc.yml").read_text(encoding="utf-8"))
     names = [name for _, inside in parts for name in inside]
-    try:
-        printed, url = print_pages(html, names)
-        book = join([(name, *page) for name, page in zip(names, printed, strict=True)], parts, url)
-    except RuntimeError as error:
-        raise PdfError(str(error)) from error
+    printed, url = print_pages(browser, html, names)
+    book = join([(name, *page) for name, page in zip(names, printed, strict=True)], parts, url)
+    numbers = PdfReader(io.BytesIO(number_pages(browser, len(book.pages))))
+    for page, number in zip(book.pages, numbers.pages, strict=True):
+        page.merge_page(number)
     config = yaml.safe_load((out / "src" / "_config.yml").read_text(encoding="utf-8"))
     book.add_metadata({"/Title": config["title"], "/Author": config["author"]})
     book.compress_identical_objects()
@@ -180,8 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", choices=("smoke", "quick", "full"), default="quick", help="which build to print")
     options = parser.parse_args(argv)
     try:
-        path = make(options.profile)
-    except PdfError as error:
+        with chromium() as browser:
+            path = make(options.profile, browser)
+    except (PdfError, RuntimeError) as error:
         print(f"no PDF: {error}", file=sys.stderr)
         return 1
     print(f"{len(PdfReader(path).pages)} pages, {path.stat().st_size / 1e6:.1f} MB: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -18,16 +19,24 @@ def test_titles_that_chromium_says_twice():
     assert pdf.once("Cost") == "Cost" and pdf.once("") == "" and pdf.once("abab c") == "abab c"
 
 
-def test_without_a_site_there_is_no_pdf(tmp_path, monkeypatch, capsys):
+def test_without_a_site_or_a_browser_there_is_no_pdf(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pdf, "ROOT", tmp_path)
+    monkeypatch.setattr(pdf, "chromium", nullcontext)
     assert pdf.main(["--profile", "quick"]) == 1
     assert "run `make book PROFILE=quick` first" in capsys.readouterr().err
 
+    def none():
+        raise RuntimeError("no browser. Install one: ...")
+
+    monkeypatch.setattr(pdf, "chromium", none)
+    assert pdf.main([]) == 1
+    assert "no PDF: no browser. Install one" in capsys.readouterr().err
+
 
 @pytest.fixture(scope="module")
-def book(site):
+def book(site, browser):
     """The site of the tests, printed."""
-    return PdfReader(pdf.make("smoke"))
+    return PdfReader(pdf.make("smoke", browser))
 
 
 def flat(outline, level=0):
