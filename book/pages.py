@@ -113,16 +113,18 @@ def chapter_map(
             made = full[chapter.name]["provenance"]
             gpu = f"{duration(made['wall_s'])} on {made['hardware']['gpu']}"
         cpu = f"{duration(status['seconds'][chapter.name])} ({status['profile']})"
-        foot = [f"**CPU** {cpu}", f"**GPU** {gpu}"]
+        foot = [f"**CPU** {cpu} · **GPU** {gpu}"]
         said = counted(judged.get(chapter.name))
         if said:
             foot.append("**Claims** " + (f"[{said}](../notebooks/{REPORT}.ipynb)" if linked else said))
+        if badge(chapter.name):
+            foot.append(badge(chapter.name))
         lines += [
             f"::::{{grid-item-card}} [{chapter.heading}](../notebooks/{chapter.name}.ipynb)",
             chapter.question,
             "",
             ":::{card-footer}",
-            " · ".join(foot) + (f"\n\n{badge(chapter.name)}" if badge(chapter.name) else ""),
+            "\n\n".join(foot),
             ":::",
             "::::",
             "",
