@@ -978,7 +978,7 @@ def _memory(records: Records) -> Finding:
     SIZE,
     "07_noise_schedule_mnist#at-2828",
     "The schedule experiment on MNIST at 28×28.",
-    "At 8×8 only; the profile `full` of chapter 7 wants a GPU.",
+    "At 8×8 only; the full profile of chapter 7 wants a GPU.",
     "07_noise_schedule_mnist.json",
 )
 def _mnist_28(records: Records) -> Finding:
