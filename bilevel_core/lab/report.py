@@ -936,7 +936,7 @@ def _stable_diffusion(records: Records) -> Finding:
     if name not in records:
         rows = records["08_digits"]["data"]["rows"]
         ran = f"the same code ran on digits: {len(rows)} rows"
-        return Finding(ran, "–", UNTESTED, f"book/results/{name}.json is not there: no GPU, no weights here")
+        return Finding(ran, "–", UNTESTED, "the full run has left no result yet: no GPU and no weights here")
     record, verdicts, said = records[name], {}, []
     rows = record["data"]["rows"]
     for rival in dict.fromkeys(row["method"] for row in rows if row["method"] not in ("none", "Algorithm 2")):
@@ -978,7 +978,7 @@ def _memory(records: Records) -> Finding:
     SIZE,
     "07_noise_schedule_mnist#at-2828",
     "The schedule experiment on MNIST at 28×28.",
-    "At 8×8 only; the profile `full` of chapter 7 wants a GPU.",
+    "At 8×8 only; the full profile of chapter 7 wants a GPU.",
     "07_noise_schedule_mnist.json",
 )
 def _mnist_28(records: Records) -> Finding:
@@ -986,7 +986,7 @@ def _mnist_28(records: Records) -> Finding:
     small = records["07_noise_schedule_mnist"]
     if name not in records:
         ran = f"at 8×8: {len(small['data']['rows'])} marks"
-        return Finding(ran, "–", UNTESTED, f"book/results/{name}.json is not there: no GPU here")
+        return Finding(ran, "–", UNTESTED, "the full run has left no result yet: no GPU here")
     record = records[name]
     steps = record["protocol"]["plan"]["val_steps"]
     gaps = {rival: race(record, rival, steps) for rival in SCHEDULES}
