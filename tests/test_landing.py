@@ -16,7 +16,7 @@ from bilevel_core.lab import lam_study, runs
 @pytest.fixture(scope="module")
 def told():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a start that the samples do not reach would be moved
+        warnings.filterwarnings("error", "lam starts at")  # a start that the samples do not reach would be moved
         return landing.stories()
 
 
@@ -45,7 +45,9 @@ def test_what_the_caption_says_is_in_the_data(told):
     for story in (strong, weak):
         assert story.worth(story.path[-1]) > story.worth(story.path[0]) + 5
         assert max(story.curve) - story.worth(story.path[-1]) < 1
-        assert "stays at" in landing.summary(story) and "is worth 0.7 more" in landing.summary(story)
+        assert "stays at" in landing.summary(story)
+        gap = max(story.curve) - story.worth(story.path[-1])
+        assert gap < 0.05 or f"is worth {gap:.1f} more" in landing.summary(story)
     assert nine.path[-1] == landing.BOUNDS[1] and "the optimum is lam -> infinity" in nine.done
     assert nine.worth(nine.path[-1]) > max(nine.curve) - 0.05
     assert "not to pull at all" in landing.summary(nine)
