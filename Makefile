@@ -17,7 +17,7 @@ ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book pdf test fast lab bench sweep format clean
+.PHONY: help book pdf test fast lab bench sweep format readme clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
@@ -30,6 +30,7 @@ help:
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
 	@echo "make format                 format the code and strip the notebooks' outputs"
+	@echo "make readme                 bring the README's table of chapters and its figure up to date"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
 book: $(READY)
@@ -67,6 +68,9 @@ format: $(READY)
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: $(READY)
+	$(BIN)/python book/build.py --write-readme
 
 clean:
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ def test_the_readme_names_the_commands_that_exist(root):
 
 
 def test_the_readme_has_the_chapters_of_the_book(root):
-    """`python book/build.py --write-readme` brings it up to date."""
+    """`make readme` brings it up to date."""
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     files = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
     listed = [pages.Chapter.read(root / f"{file}.ipynb") for file in files if file.startswith("notebooks/")]
@@ -53,7 +53,7 @@ def pixels(image: ElementTree.Element) -> bytes:
 
 
 def test_the_figure_of_the_readme_is_drawn_from_the_recorded_results(root):
-    """`python book/build.py --write-readme` draws it again."""
+    """`make readme` draws it again."""
     kept = ElementTree.parse(root / "book" / "learning-lambda.svg").getroot()
     drawn = ElementTree.fromstring(landing.still(landing.stories()[0]))
     assert (root / "book" / "learning-lambda.svg").stat().st_size < 50_000
