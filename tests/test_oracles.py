@@ -400,7 +400,9 @@ def test_a_gaussian_with_what_is_left_out():
 
 
 def test_the_schedule_oracle_by_default_and_at_its_solution():
-    assert (SCHEDULE.s, SCHEDULE.T, SCHEDULE.kind, SCHEDULE.ts) == (0.5, 50, "cosine", list(range(50, 0, -5)))
+    default = oracles.LinearGaussianSchedule()
+    assert (default.s, default.T, default.kind, default.ts) == (0.5, 50, "cosine", list(range(50, 0, -5)))
+    assert oracles.LinearGaussianSchedule(T=11).ts == [11, 6, 1]
     other = oracles.LinearGaussianSchedule(s=0.8, T=10, ts=[10, 4], kind="linear")
     q = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     assert torch.equal(other.abar(q), schedules.abar(q, 10, "linear")) and other.ts == [10, 4]
