@@ -63,7 +63,7 @@ def report() -> str:
         "# Mutation testing",
         "",
         "Written by `make mutants`; the reasons stand in `survivors.yml`. mutmut changes one number, operator, "
-        "argument or text of the core's mathematics at a time and runs the fast tests of these modules, until one fails.",
+        "argument or text of the core at a time and runs the fast tests of these modules, until one fails.",
         "",
         f"{about['date'][:10]}, commit {str(about['commit'])[:12]}: {share:.1%} of {totals['tried']} faults tried are "
         f"caught, of {totals['faults']} in all"
