@@ -360,6 +360,8 @@ def test_inputs_at_their_limits():
         estimators.lam_grad_cov(torch.tensor(1.0), low, 1.0)
     with pytest.raises(ValueError, match=r"r_up \(n,\), r_low \(n,\) or \(m, n\), lam \(\) or \(m,\), log_w \(n,\)"):
         estimators.lam_grad_cov(up, low, torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"have the shapes"):
+        estimators.lam_grad_cov(up, low[None, None], torch.ones(1, 1))
 
 
 def test_paired_differences_by_hand():
@@ -427,3 +429,19 @@ def test_the_warning_points_at_the_callers_line(estimator):
     with pytest.warns(UserWarning, match="effective sample size") as caught:
         estimator(*rewards(50, 1), 1.0)
     assert caught[0].filename == __file__
+
+
+def test_an_interval_that_no_lambda_bounds_is_open_on_that_side():
+    """So few samples that the gradient is nowhere z errors from zero, on either side of the maximum or on one."""
+    up, low = rewards(400, 26)
+    lams = torch.logspace(-0.2, 1, 12, dtype=torch.float64)
+    curve = estimators.lam_curve(up, low, lams, min_ess=10.0, z=60.0)
+    assert curve.boundary is None and curve.interval == (0.0, math.inf)
+    score = curve.grad / curve.grad_se
+    middle = (-score[0].item() + score[-1].item()) / 2
+    assert score[0] < 0 < score[-1] and -score[0].item() != pytest.approx(score[-1].item(), rel=0.2)
+    curve = estimators.lam_curve(up, low, lams, min_ess=10.0, z=middle)  # reached on one side only
+    assert (curve.interval[0] == 0.0) == (-score[0].item() < middle) and (curve.interval[1] == math.inf) == (
+        score[-1].item() < middle
+    )
+    assert (curve.interval[0] == 0.0) != (curve.interval[1] == math.inf)

@@ -421,6 +421,12 @@ def test_the_schedule_oracle_by_default_and_at_its_solution():
     assert flipped >= 0
 
 
+def test_newton_takes_shorter_steps_where_whole_ones_overshoot():
+    small, q = oracles.LinearGaussianSchedule(T=10, ts=[10, 7, 4]), torch.tensor([0.0, 0.9, 1.0, 0.008]).double()
+    far = small.solve_gamma(q, 5.0, warm=torch.full((10,), 10.0, dtype=torch.float64))
+    torch.testing.assert_close(far, small.solve_gamma(q, 5.0), rtol=0, atol=1e-9)
+
+
 def test_newton_says_where_it_stalls(monkeypatch):
     monkeypatch.setattr(torch.func, "hessian", lambda f: lambda a: 1e9 * torch.eye(len(a), dtype=a.dtype))
     small = oracles.LinearGaussianSchedule(T=2, ts=[2, 1])
