@@ -278,8 +278,9 @@ def vendor_mathjax(target: Path) -> None:
 
 def build_site(src: Path, site: Path) -> Path:
     """Run Jupyter Book with warnings as errors; the site that was there stays until the new one is complete."""
-    fresh = site.with_name("site-new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in site.parent.glob("site-*"):  # by builds that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    fresh, old = site.with_name(f"site-new-{os.getpid()}"), site.with_name("site-old")  # theirs may still be written to
     log = site.with_name("jupyter-book.log")
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [jupyter_book, "build", "-W", "-n", "--keep-going", "--path-output", fresh, src]
@@ -291,8 +292,10 @@ def build_site(src: Path, site: Path) -> Path:
         warnings = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|CRITICAL", line)]
         shown = "\n".join(warnings or text.splitlines()[-40:])
         raise BuildError(f"Jupyter Book found problems (all of its output: {log}):\n{shown}")
-    shutil.rmtree(site, ignore_errors=True)
+    if site.exists():
+        site.rename(old)
     fresh.rename(site)
+    shutil.rmtree(old, ignore_errors=True)
     return site / "_build" / "html" / "index.html"
 
 

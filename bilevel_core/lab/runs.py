@@ -361,14 +361,15 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
 
 
 def save_state(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
-    """Checkpoint: one safetensors file, with `meta` (JSON-able) and a checksum in its header; atomic.
+    """Checkpoint: one safetensors file, with `meta` (JSON-able) and checksums of both in its header; atomic.
 
     Tensors are copied to the CPU and come back bit for bit (generator states too: they are uint8 tensors).
     """
     from safetensors.torch import save
 
     flat = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    header = {"meta": json.dumps(dict(meta), default=_plain), "sha256": _digest(flat)}
+    text = json.dumps(dict(meta), default=_plain)
+    header = {"meta": text, "sha256": _digest(flat), "meta_sha256": hashlib.sha256(text.encode()).hexdigest()}
     return write_atomic(path, save(flat, metadata=header))
 
 
@@ -383,13 +384,15 @@ def load_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     data = path.read_bytes()
-    remedy = "delete it, the run then starts anew"
+    remedy = "delete it, the run then starts anew (or restore it with git, if it came with the book)"
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])["__metadata__"]
-        meta = json.loads(header["meta"])
-        good = header["sha256"] == _digest(tensors)
+        text, sums = header.pop("meta"), {"sha256": _digest(tensors)}
+        if len(header) > 1:  # older files have no sum of `meta`
+            sums["meta_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        meta, good = json.loads(text), header == sums
     except Exception as error:  # safetensors has its own error type, and a broken header can raise many
         raise ValueError(f"checkpoint {path} cannot be read ({error}): {remedy}") from error
     if not good:
