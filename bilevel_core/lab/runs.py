@@ -1,4 +1,4 @@
-"""Parameters and profiles, seeds, devices, atomic files, checkpoints, and results with their provenance."""
+"""Parameters and profiles, devices, atomic files, checkpoints, and results with their provenance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -293,19 +292,7 @@ def _check(name: str, value: Any, rule: Any, quick: Any = None) -> Any:
     raise TypeError(f"rule of parameter {name}: {rule!r} is not a tuple, type, function or [rule]")
 
 
-# ---------------------------------------------------------------- seeds and devices
-
-
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed Python, numpy and torch (all devices); returns a CPU generator with the same seed."""
-    import numpy
-
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed!r} must be a whole number from 0 to 2^32 - 1")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+# ---------------------------------------------------------------- devices
 
 
 def choose_device(name: str = "auto") -> torch.device:
