@@ -17,25 +17,32 @@ ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book test fast lab bench sweep format clean
+.PHONY: help book pdf test fast lab bench sweep mutants format readme clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
 	@echo "                            smoke: for tests; quick: what readers see; full: for a GPU"
+	@echo "make pdf [PROFILE=quick]    the same as one file, _build/PROFILE/book.pdf (needs Chromium)"
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
 	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
+	@echo "make mutants                small faults in the core's mathematics, one at a time: which do the tests miss?"
+	@echo "                            an hour or two of one core, resumable; writes tests/mutants.md"
 	@echo "make format                 format the code and strip the notebooks' outputs"
+	@echo "make readme                 bring the README's table of chapters and its figure up to date"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
 book: $(READY)
 	@$(BIN)/python book/build.py --profile $(PROFILE)
 
+pdf: book
+	@$(BIN)/python book/pdf.py --profile $(PROFILE)
+
 test: fast
-	$(BIN)/python book/build.py --profile smoke
+	PYTHONPATH="$(CURDIR)/tests/offline" $(BIN)/python book/build.py --profile smoke
 	$(BIN)/python -m pytest -q -m "slow or browser"
 
 fast: $(READY)
@@ -59,13 +66,23 @@ sweep: $(READY)
 	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
 	$(BIN)/python -m bilevel_core.lab.sweep $(NOTEBOOK) $(GRID) $(OUT) --workers $(WORKERS) $(addprefix --cluster ,$(CLUSTER))
 
+# Takes up a run that was stopped. MUTANTS="name ..." (wildcards allowed) tries only those, whatever is known of them.
+MUTANTS ?=
+mutants: $(READY)
+	$(INSTALL) -e ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python tests/mutants.py
+
 format: $(READY)
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+readme: $(READY)
+	$(BIN)/python book/build.py --write-readme
+
 clean:
-	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _build build dist mutants *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find bilevel_core book tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are made last: an interrupted installation is taken up again, a finished one is re-used

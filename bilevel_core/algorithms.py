@@ -179,10 +179,9 @@ class LamProblem:
         for samples in (last,) if self.pool else (self.samples, last):
             if self.draw is None or samples.tilt(lam)[1]["ess"] >= self.min_ess:
                 return dataclasses.replace(samples, cost=last.cost, round=last.round)
-        new = self.draw(lam, last.round + 1)
-        if self.pool:
-            new, last = TiltSamples.pooled(*(last.parts or (last,)), new), dataclasses.replace(last, cost=0)
-        return dataclasses.replace(new, cost=last.cost + new.cost, round=last.round + 1)
+        fresh = self.draw(lam, last.round + 1)
+        new = TiltSamples.pooled(*(last.parts or (last,)), fresh) if self.pool else fresh
+        return dataclasses.replace(new, cost=last.cost + fresh.cost, round=last.round + 1)
 
     def solve_gamma(self, x: Tensor, gamma: float, warm: None = None) -> None:
         """Nothing to do: common samples keep the difference of the two laws stable."""

@@ -325,7 +325,8 @@ def lam_curve(
     kept = (table[:, 2] >= min_ess).nonzero()[:, 0]
     if len(kept) < 3:
         raise ValueError(
-            f"only {len(kept)} values of lam have an effective sample size of {min_ess:g} or more; draw more samples"
+            f"only {len(kept)} values of lam have an effective sample size of {min_ess:g} or more (n = {len(low)}, "
+            f"largest {table[:, 2].max():.0f}); draw more samples, or lower min_ess"
         )
     first, last = int(kept[0]), int(kept[-1])
     whole = (first == 0, last == len(lams) - 1)
@@ -415,7 +416,7 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
 
 def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
     if kl_gamma.shape != kl_star.shape or kl_star.dim() != 1 or len(kl_star) < 2:
-        raise ValueError(f"both must be (n,) with n >= 2; they are {tuple(kl_gamma.shape)} and {tuple(kl_star.shape)}")
+        raise ValueError(f"both must be (n,) with n >= 2, by trajectory: {[*kl_gamma.shape]}, {[*kl_star.shape]}")
     if not 0 < gamma < float("inf"):
         raise ValueError(f"gamma = {gamma} must be positive and finite")
     difference = gamma * (kl_gamma.double() - kl_star.double())

@@ -2,6 +2,7 @@
 
     python book/build.py --profile smoke|quick|full     what `make book` calls
     python book/build.py --export-colab DIR             write the notebooks that Colab opens, without outputs
+    python book/build.py --write-readme                 bring the README's table and figure up to date
 
 Everything is written under _build/<profile>: executed/ (notebooks with outputs, re-used while nothing they depend on
 changes), src/ (what Jupyter Book reads), site/_build/html (the site), status.json (times, versions, hardware).
@@ -31,7 +32,10 @@ import papermill
 import yaml
 from nbformat import NotebookNode
 
+import landing
+import pages
 from bilevel_core.lab import runs
+from meter import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -40,7 +44,6 @@ UNFILLED = 'REPOSITORY, REF = "", ""'
 COLAB = "https://colab.research.google.com"
 COLAB_BADGE = f"{COLAB}/assets/colab-badge.svg"  # what the notebooks on Colab show
 SITE_BADGE = "../book/colab-badge.svg"  # what the site shows: it fetches nothing from elsewhere
-TIMES = "<!-- build-times -->"
 MATHJAX_PARTS = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions", "a11y", "sre/mathmaps")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -163,10 +166,19 @@ def depends_on(name: str, profile: str) -> str:
     return hashlib.sha256("\n".join([files, *rest]).encode()).hexdigest()
 
 
-def execute(name: str, profile: str, out: Path, force: bool) -> tuple[Path, float, bool]:
+@dataclass(frozen=True)
+class Executed:
+    """An executed notebook: seconds and the peak of its memory (GiB) when it was executed; whether it is re-used."""
+
+    path: Path
+    seconds: float
+    peak: float
+    reused: bool
+
+
+def execute(name: str, profile: str, out: Path, force: bool) -> Executed:
     """Execute a notebook with a profile, or re-use what an earlier build made of the same inputs.
 
-    Returns the executed notebook, the seconds it took when it was executed, and whether it was re-used.
     Raises BuildError with the cell, its error and the place of the partly executed notebook.
     """
     source, values = NOTEBOOKS / f"{name}.ipynb", NOTEBOOKS / "profiles" / profile / f"{name}.yaml"
@@ -176,23 +188,24 @@ def execute(name: str, profile: str, out: Path, force: bool) -> tuple[Path, floa
     inputs = depends_on(name, profile)
     if not force and done.is_file() and record.is_file():
         known = json.loads(record.read_text())
-        if known["key"] == [inputs, digest(ROOT / "book" / "results"), digest(done)]:
-            return done, known["seconds"], True
+        if known.get("peak") and known["key"] == [inputs, digest(ROOT / "book" / "results"), digest(done)]:
+            return Executed(done, known["seconds"], known["peak"], True)
     out.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     begin = time.perf_counter()
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(partial),
-            parameters=yaml.safe_load(values.read_text()),
-            kernel_name="python3",
-            language="python",
-            cwd=str(NOTEBOOKS),
-            progress_bar=False,
-            log_output=False,
-            extra_arguments=["--log-level=CRITICAL"],  # of the kernel: no advice about its sockets on the terminal
-        )
+        with PeakMemory() as memory:
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters=yaml.safe_load(values.read_text()),
+                kernel_name="python3",
+                language="python",
+                cwd=str(NOTEBOOKS),
+                progress_bar=False,
+                log_output=False,
+                extra_arguments=["--log-level=CRITICAL"],  # of the kernel: no advice about its sockets on the terminal
+            )
     except papermill.PapermillExecutionError as error:
         raise BuildError(describe(name, error, partial)) from None
     except Exception as error:  # a kernel that died, a parameter papermill cannot pass
@@ -203,8 +216,9 @@ def execute(name: str, profile: str, out: Path, force: bool) -> tuple[Path, floa
     runs.write_atomic(done, nbformat.writes(nb).encode())
     partial.unlink()
     key = [inputs, digest(ROOT / "book" / "results"), digest(done)]
-    runs.write_atomic(record, json.dumps({"key": key, "seconds": seconds}).encode())
-    return done, seconds, False
+    peak = memory.bytes / 2**30
+    runs.write_atomic(record, json.dumps({"key": key, "seconds": seconds, "peak": peak}).encode())
+    return Executed(done, seconds, peak, False)
 
 
 def describe(name: str, error: papermill.PapermillExecutionError, partial: Path) -> str:
@@ -222,32 +236,19 @@ def describe(name: str, error: papermill.PapermillExecutionError, partial: Path)
 # ---------------------------------------------------------------- the site
 
 
-def times_table(status: dict[str, Any]) -> str:
-    """Markdown: how long each notebook of this build took, and on what."""
-    hardware, versions = status["hardware"], status["versions"]
-    gpu = hardware["gpu"] or "no GPU"
-    rows = [f"| {name} | {took:.0f} s |" for name, took in status["seconds"].items()]
-    total = sum(status["seconds"].values())
-    return "\n".join(
-        [
-            f"Profile **{status['profile']}**, on {hardware['cpu']} ({hardware['cores']} cores), {gpu}; "
-            f"Python {versions['python']}, torch {versions['torch']}.",
-            "",
-            "| Notebook | Time |",
-            "|---|---:|",
-            *rows,
-            f"| all | {total:.0f} s |",
-        ]
-    )
-
-
-def stage(src: Path, config: dict[str, Any], executed: dict[str, Path], address: Address | None, times: str) -> None:
-    """Lay out in `src` everything that Jupyter Book reads."""
+def stage(
+    src: Path, config: dict[str, Any], executed: dict[str, Path], address: Address | None, written: dict[str, str]
+) -> None:
+    """Lay out in `src` everything that Jupyter Book reads. written: what stands for each comment <!-- name -->."""
     shutil.rmtree(src, ignore_errors=True)
     (src / "notebooks").mkdir(parents=True)
-    shutil.copytree(ROOT / "book", src / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__", "results"))
+    left_out = shutil.ignore_patterns("*.py", "*.js", "print.css", "__pycache__", "results")
+    shutil.copytree(ROOT / "book", src / "book", ignore=left_out)
     for page in (src / "book").rglob("*.md"):
-        page.write_text(page.read_text(encoding="utf-8").replace(TIMES, times), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        for name, content in written.items():
+            text = text.replace(f"<!-- {name} -->", content)
+        page.write_text(text, encoding="utf-8")
     for name, path in executed.items():
         nb = dress(nbformat.read(path, as_version=4), name, address, SITE_BADGE)
         nbformat.write(nb, src / "notebooks" / f"{name}.ipynb")
@@ -277,8 +278,9 @@ def vendor_mathjax(target: Path) -> None:
 
 def build_site(src: Path, site: Path) -> Path:
     """Run Jupyter Book with warnings as errors; the site that was there stays until the new one is complete."""
-    fresh = site.with_name("site-new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in site.parent.glob("site-*"):  # by builds that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    fresh, old = site.with_name(f"site-new-{os.getpid()}"), site.with_name("site-old")  # theirs may still be written to
     log = site.with_name("jupyter-book.log")
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [jupyter_book, "build", "-W", "-n", "--keep-going", "--path-output", fresh, src]
@@ -290,12 +292,42 @@ def build_site(src: Path, site: Path) -> Path:
         warnings = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|CRITICAL", line)]
         shown = "\n".join(warnings or text.splitlines()[-40:])
         raise BuildError(f"Jupyter Book found problems (all of its output: {log}):\n{shown}")
-    shutil.rmtree(site, ignore_errors=True)
+    if site.exists():
+        site.rename(old)
     fresh.rename(site)
+    shutil.rmtree(old, ignore_errors=True)
     return site / "_build" / "html" / "index.html"
 
 
-# ---------------------------------------------------------------- the two commands
+def offer_clean_notebooks(html: Path, names: list[str], address: Address | None) -> None:
+    """The page's download button gives the notebook as it is opened on Colab: no outputs, the address filled in."""
+    for name in names:
+        nb = dress(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), name, address, COLAB_BADGE)
+        runs.write_atomic(html / "_sources" / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
+
+
+def write_pages(status: dict[str, Any], names: list[str], address: Address | None) -> dict[str, str]:
+    """What the build writes into the pages, by the name of the comment that it replaces."""
+    listed = [pages.Chapter.read(NOTEBOOKS / f"{name}.ipynb") for name in names]
+    records = pages.results(ROOT / "book" / "results")
+    places = [ROOT / "_build" / profile / "status.json" for profile in PROFILES if profile != status["profile"]]
+    others = [json.loads(place.read_text()) for place in places if place.is_file()]
+
+    def badge(name: str) -> str:
+        url = address.colab(name) if address else None
+        return f"[![Open {name} in Colab](colab-badge.svg)]({url})" if url else ""
+
+    full = pages.full_runs(records, names)
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    return {
+        "citation": pages.citation(cff, address.url if address else None),
+        "moving-figure": f"`````{{raw}} html\n{landing.figure()}\n`````",
+        "chapters": pages.chapter_map(listed, status, full, pages.verdicts(), badge),
+        "status": pages.status_page(status, [other for other in others if "peak_gib" in other], listed, records),
+    }
+
+
+# ---------------------------------------------------------------- the commands
 
 
 def build(profile: str, force: bool = False) -> Path:
@@ -316,30 +348,35 @@ def build(profile: str, force: bool = False) -> Path:
     os.environ.pop("BILEVEL_COLAB", None)
     if profile != "full":  # the small profiles' networks are too small for threads to help
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    executed: dict[str, Path] = {}
-    seconds: dict[str, float] = {}
+    executed: dict[str, Executed] = {}
     width = max(map(len, names), default=0)
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name:<{width}}  {profile:<5} ", end="", flush=True)
         try:
-            executed[name], seconds[name], reused = execute(name, profile, out / "executed", force)
+            executed[name] = done = execute(name, profile, out / "executed", force)
         except BuildError:
             print("FAILED", flush=True)
             raise
-        print(f"{seconds[name]:7.1f} s{'  (reused)' if reused else ''}", flush=True)
+        print(f"{done.seconds:7.1f} s {done.peak:5.2f} GiB{'  (reused)' if done.reused else ''}", flush=True)
+    made = runs.provenance()
     status = {
         "profile": profile,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": address.ref if address else None,
-        "seconds": {name: round(took, 1) for name, took in seconds.items()},
-        "versions": runs.versions() | {p: importlib.metadata.version(p) for p in ("papermill", "jupyter-book")},
-        "hardware": runs.hardware(),
+        "commit": made["commit"],
+        "dirty": made["dirty"],
+        "seconds": {name: round(done.seconds, 1) for name, done in executed.items()},
+        "peak_gib": {name: round(done.peak, 2) for name, done in executed.items()},
+        "versions": made["versions"] | {p: importlib.metadata.version(p) for p in ("papermill", "jupyter-book")},
+        "hardware": made["hardware"] | {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))},
     }
     print("site  ", end="", flush=True)
     site_begin = time.perf_counter()
-    stage(out / "src", config, executed, address, times_table(status))
+    notebooks = {name: done.path for name, done in executed.items()}
+    stage(out / "src", config, notebooks, address, write_pages(status, names, address))
     try:
         page = build_site(out / "src", out / "site")
+        offer_clean_notebooks(page.parent, names, address)
+        status["page_bytes"] = pages.fill_sizes(page.parent, names)
     except BuildError:
         print("FAILED", flush=True)
         raise
@@ -370,15 +407,29 @@ def export_colab(folder: Path) -> None:
     print(f"{len(names)} notebooks for {address.url} at {address.ref} in {folder}")
 
 
+def write_readme() -> None:
+    """Bring the README's table of chapters and its figure up to date."""
+    names = chapters(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
+    listed = [pages.Chapter.read(NOTEBOOKS / f"{name}.ipynb") for name in names]
+    readme = ROOT / "README.md"
+    table = pages.readme_table(listed, pages.verdicts())
+    text = pages.between(readme.read_text(encoding="utf-8"), "chapters", table)
+    runs.write_atomic(readme, text.encode())
+    runs.write_atomic(ROOT / "book" / "learning-lambda.svg", landing.still(landing.stories()[0]).encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="parameters of the notebooks")
     parser.add_argument("--force", action="store_true", help="execute every notebook again")
     parser.add_argument("--export-colab", metavar="DIR", type=Path, help="only write the notebooks for Colab")
+    parser.add_argument("--write-readme", action="store_true", help="only bring README.md up to date")
     options = parser.parse_args(argv)
     try:
         if options.export_colab:
             export_colab(options.export_colab)
+        elif options.write_readme:
+            write_readme()
         else:
             build(options.profile, options.force)
     except BuildError as error:

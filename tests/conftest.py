@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
-import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,20 +10,12 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
+from browser import chromium, served
+
 torch.set_num_threads(1)  # the tensors of the tests are small: more threads only wait for one another
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "smoke" / "site" / "_build" / "html"
-CHROMIUM_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 def mnist_root() -> Path | None:
@@ -64,41 +52,21 @@ def site() -> Path:
     return SITE
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def site_url(site: Path) -> Iterator[str]:
     """Address of the site on this machine, without a slash at its end."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with served(site) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium through playwright: the system's, else playwright's own."""
-    from playwright.sync_api import Error, sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    system = next(filter(None, map(shutil.which, names)), None)
-    if system is None and Path("/Applications/Google Chrome.app").is_dir():
-        system = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    with sync_playwright() as playwright:
-        try:
-            chromium = playwright.chromium.launch(executable_path=system, args=CHROMIUM_FLAGS)
-        except Error as error:
-            pytest.fail(
-                f"no browser to test the site with ({str(error).splitlines()[0]}). Install one: "
-                "`sudo apt-get install chromium` (Debian, Ubuntu), or `.venv/bin/playwright install chromium`",
-                pytrace=False,
-            )
-        yield chromium
-        chromium.close()
+    """Headless Chromium, as the book is printed with."""
+    try:
+        with chromium() as found:
+            yield found
+    except RuntimeError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 @pytest.fixture

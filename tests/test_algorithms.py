@@ -1,10 +1,4 @@
 import copy
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -196,49 +190,6 @@ def test_resume_with_other_parameters_is_refused(tmp_path):
     other = new_state(lr=5e-3)
     with pytest.raises(ValueError, match=r"lr: 0.01 -> 0.005"):
         other.load(*runs.load_state(tmp_path / "s"))
-
-
-CHILD = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_algorithms import ABAR, DATA, algorithms, new_state, training
-torch.set_num_threads(1)
-state = new_state()
-loop = algorithms.train_score(state, DATA, ABAR, steps=1500)
-for record in training.checkpointed(loop, state, {path!r}, steps=1500, every=5):
-    if record.step % 50 == 0:
-        print(record.step, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment_loses_nothing(tmp_path):
-    """kill -9 at random moments, several times over; the run that ends equals one that was never disturbed."""
-    path, chance = tmp_path / "state", random.Random(0)
-    script = CHILD.format(tests=os.path.dirname(__file__), path=str(path))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    kills = 0
-    while True:
-        child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=env)
-        if kills < 4:
-            child.stdout.readline()  # it trains
-            time.sleep(chance.uniform(0, 0.4))
-            child.send_signal(signal.SIGKILL)
-        child.communicate()
-        if child.returncode == 0:
-            break
-        assert child.returncode == -signal.SIGKILL
-        kills += 1
-    assert kills >= 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    whole = new_state()
-    for _ in algorithms.train_score(whole, DATA, ABAR, steps=1500):
-        pass
-    torch.set_num_threads(threads)
-    resumed = new_state()
-    resumed.load(*runs.load_state(path))
-    assert equal_states(resumed, whole)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():

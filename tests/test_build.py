@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,8 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from meter import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE_WITH_WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"}
@@ -97,14 +100,15 @@ def test_staging_with_and_without_address(build, tmp_path):
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     nb = tmp_path / "01_diffusion.ipynb"
     nbformat.write(small_notebook(), nb)
-    build.stage(tmp_path / "a", config, {"01_diffusion": nb}, None, "times")
+    build.stage(tmp_path / "a", config, {"01_diffusion": nb}, None, {"chapters": "the map"})
     staged = yaml.safe_load((tmp_path / "a" / "_config.yml").read_text())
     assert "launch_buttons" not in staged
     assert staged["repository"]["url"] == ""
     assert (tmp_path / "a" / "_vendor" / "jslib" / "mathjax" / "tex-chtml.js").stat().st_size > 500_000
-    assert not list((tmp_path / "a").rglob("*.py"))
+    assert not [path for path in (tmp_path / "a" / "book").rglob("*.*") if path.suffix in (".py", ".js", ".css")]
+    assert "the map" in (tmp_path / "a" / "book" / "index.md").read_text()
     address = build.Address("https://github.com/me/book", "c" * 40, "colab")
-    build.stage(tmp_path / "b", config, {"01_diffusion": nb}, address, "times")
+    build.stage(tmp_path / "b", config, {"01_diffusion": nb}, address, {})
     staged = yaml.safe_load((tmp_path / "b" / "_config.yml").read_text())
     assert staged["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
     assert staged["repository"] == {"url": "https://github.com/me/book", "branch": "colab"}
@@ -187,19 +191,6 @@ def test_later_chapters_are_ready_in_the_table_of_contents():
         assert f"- file: notebooks/{name}" in text
 
 
-def test_times_table(build):
-    status = {
-        "profile": "smoke",
-        "seconds": {"one": 3.2, "two": 60.1},
-        "hardware": {"cpu": "A CPU", "cores": 2, "gpu": None},
-        "versions": {"python": "3.12.1", "torch": "2.9.0"},
-    }
-    table = build.times_table(status)
-    assert "| one | 3 s |" in table
-    assert "| all | 63 s |" in table
-    assert "A CPU (2 cores), no GPU" in table
-
-
 # ---------------------------------------------------------------- execution, in a copy of the tree
 
 
@@ -221,15 +212,18 @@ def test_execute_uses_the_profile_and_reuses_unchanged_work(build, tree):
     nb = small_notebook('import os\n\nprint("n is", n, os.environ.get("BILEVEL_STATIC"))')
     nbformat.write(nb, tree / "notebooks" / "one.ipynb")
     out = tree / "out"
-    done, seconds, reused = build.execute("one", "smoke", out, force=False)
-    assert not reused
+    first = build.execute("one", "smoke", out, force=False)
+    assert not first.reused
+    assert 0.02 < first.peak < 2  # GiB: a kernel that imports nothing
+    done = first.path
     assert "n is 2" in nbformat.read(done, as_version=4).cells[-1].outputs[0].text
     assert sorted(path.name for path in out.iterdir()) == ["one.ipynb", "one.json"]
-    assert build.execute("one", "smoke", out, force=False) == (done, seconds, True)
+    again = build.execute("one", "smoke", out, force=False)
+    assert again == build.Executed(done, first.seconds, first.peak, True)
     (tree / "bilevel_core" / "new.py").write_text("x = 1\n")
-    assert build.execute("one", "smoke", out, force=False)[2] is False
+    assert build.execute("one", "smoke", out, force=False).reused is False
     done.write_text(done.read_text().replace("n is 2", "n is 7"))  # a tampered copy is not taken for the real one
-    assert build.execute("one", "smoke", out, force=False)[2] is False
+    assert build.execute("one", "smoke", out, force=False).reused is False
 
 
 @pytest.mark.slow
@@ -296,10 +290,44 @@ def test_make_refuses_unknown_profiles_and_old_pythons(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_peak_memory_is_that_of_the_largest_child():
+    code = "import time; block = b'x' * {} ; time.sleep({})"
+    before = subprocess.Popen([sys.executable, "-c", code.format(400_000_000, 5)])  # not ours to count
+    time.sleep(0.5)
+    with PeakMemory(every=0.05) as peak:
+        for size in (150_000_000, 1):
+            subprocess.run([sys.executable, "-c", code.format(size, 0.4)], check=True)
+    before.kill()
+    before.wait()
+    assert 150e6 < peak.bytes < 250e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the peak of a process")
+def test_peak_memory_keeps_what_was_freed():
+    code = "import time; block = b'x' * 200_000_000; del block; time.sleep(0.6)"
+    with PeakMemory(every=0.05) as peak:
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert peak.bytes > 200e6
+
+
+def test_downloads_are_clean_and_know_the_address(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "NOTEBOOKS", tmp_path)
+    nbformat.write(small_notebook("print(1)"), tmp_path / "one.ipynb")
+    build.offer_clean_notebooks(
+        tmp_path / "html", ["one"], build.Address("https://github.com/me/book", "e" * 40, "colab")
+    )
+    nb = nbformat.read(tmp_path / "html" / "_sources" / "notebooks" / "one.ipynb", as_version=4)
+    assert "e" * 40 in nb.cells[1].source
+    assert build.COLAB_BADGE in nb.cells[0].source  # the site's own picture is not beside a downloaded notebook
+    assert not any(cell.get("outputs") for cell in nb.cells)
+
+
 @pytest.mark.browser
 def test_status_of_the_built_site_is_complete(site):
     status = json.loads((site.parents[2] / "status.json").read_text())
-    assert set(status["seconds"]) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert names == set(status["seconds"]) == set(status["peak_gib"]) == set(status["page_bytes"])
+    assert all(0.1 < peak < 16 for peak in status["peak_gib"].values())
     assert status["profile"] == "smoke"
     assert status["versions"]["torch"]
     assert status["hardware"]["cpu"]

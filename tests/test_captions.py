@@ -97,6 +97,18 @@ def test_random_captions_are_true_and_drop_at_their_rates():
 
 
 @pytest.mark.mnist
+def test_terciles_divide_the_training_split_in_three():
+    """Every tenth image; the slow test has all of them, and the values themselves."""
+    images, labels = (part[::10] for part in data.load("mnist", "train"))
+    found = captions.attributes(images, labels)
+    assert torch.equal(found[:, 0], labels)
+    for column in (1, 2):
+        share = torch.bincount(found[:, column], minlength=3) / len(found)
+        assert (share - 1 / 3).abs().max() < 4 * (2 / 9 / len(found)) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.mnist
 def test_terciles_are_those_of_the_training_split():
     images, labels = data.load("mnist", "train")
     thickness, slant = captions.measure_terciles(images, labels)

@@ -342,3 +342,176 @@ def test_laws_that_do_not_overlap_leave_what_they_leave():
     p = (log_w + x / 0.8).softmax(0)
     assert p[800:].sum() < 1e-6
     assert (p @ x).item() == pytest.approx(PROBLEM.mean(PROBLEM.p_gamma(0.8), PROBLEM.r_low).item(), abs=0.15)
+
+
+# ---------------------------------------------------------------- by hand: two samples, and the influence function
+
+
+def test_two_samples_by_hand():
+    """r = (0, 2 log 3) at lam = 2 gives the weights 1/4 and 3/4, Z = 2, and everything else."""
+    with pytest.warns(UserWarning, match=r"sample size is 1.6 at lam = 2: reweighting these samples says") as caught:
+        weights, info = estimators.tilt_weights(torch.tensor([0.0, 2 * math.log(3)], dtype=torch.float64), 2.0)
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.75], dtype=torch.float64), rtol=0, atol=1e-12)
+    kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert info["ess"] == pytest.approx(1.6) and info["log_z"] == pytest.approx(math.log(2), abs=1e-14)
+    assert info["kl"] == pytest.approx(kl) and set(info) == {"ess", "log_z", "kl", "warning"}
+    assert info["warning"] == str(caught[0].message)
+    several = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="at lam = 0.5, 2: reweighting"):
+        estimators.lam_grad_cov(torch.tensor([0.0, 1.0]), torch.tensor([[0.0, 1.0], [1.0, 0.5]]), several)
+
+
+def test_a_sample_more_or_less_decides_about_the_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert estimators.tilt_weights(torch.ones(101), 1.0)[1]["warning"] is None
+    with pytest.warns(UserWarning, match="is 99.0 at"):
+        estimators.tilt_weights(torch.ones(99), 1.0)
+
+
+SMALL_UP, SMALL_LOW = (v[:400] for v in rewards(400, 21))
+SMALL_W = 0.3 * torch.randn(400, generator=torch.Generator().manual_seed(22), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("estimator", ["penalty", "cov", "est1", "vector"])
+def test_standard_errors_are_the_derivative_in_the_log_weights(estimator):
+    """d estimate/d log w_i is w_i IF_i, the influence of sample i: autograd knows nothing of the formulas used."""
+    gamma, lam = 7.0, 1.3
+    if estimator == "vector":
+        lam, low = torch.tensor([1.3, 4.0], dtype=torch.float64), torch.stack([SMALL_LOW, SMALL_UP.sin()])
+    else:
+        low = SMALL_LOW
+    run = {
+        "penalty": lambda w: estimators.lam_grad_penalty(SMALL_UP, low, lam, gamma, w),
+        "cov": lambda w: estimators.lam_grad_cov(SMALL_UP, low, lam, w),
+        "vector": lambda w: estimators.lam_grad_cov(SMALL_UP, low, lam, w),
+        "est1": lambda w: estimators.lam_grad_released_est1(SMALL_UP, low, lam, gamma, w),
+    }[estimator]
+    influence = torch.autograd.functional.jacobian(lambda w: run(w)[0], SMALL_W)
+    grad, info = run(SMALL_W)
+    torch.testing.assert_close(info["se"], influence.norm(dim=-1), rtol=1e-9, atol=0)
+    assert set(info) == {"se", "ess", "warning"} and info["se"].shape == grad.shape == torch.as_tensor(lam).shape
+
+
+def test_effective_sample_size_is_that_of_the_worse_law():
+    lam, gamma = 1.3, 2.0
+    for estimator in (estimators.lam_grad_penalty, estimators.lam_grad_released_est1):
+        for up in (SMALL_UP, -SMALL_UP):
+            _, info = estimator(up, SMALL_LOW, lam, gamma, SMALL_W)
+            laws = [estimators.tilt_weights(h, lam, SMALL_W)[1]["ess"] for h in (SMALL_LOW, up / gamma + SMALL_LOW)]
+            assert info["ess"] == pytest.approx(min(laws), rel=1e-9)
+    _, info = estimators.lam_grad_cov(SMALL_UP, SMALL_LOW, lam, SMALL_W)
+    assert info["ess"] == pytest.approx(estimators.tilt_weights(SMALL_LOW, lam, SMALL_W)[1]["ess"], rel=1e-9)
+
+
+def test_est1_checks_gamma_and_the_number_of_rewards():
+    with pytest.raises(ValueError, match="gamma = -1.0 must be positive"):
+        estimators.lam_grad_released_est1(SMALL_UP, SMALL_LOW, 1.0, -1.0)
+    two = torch.stack([SMALL_LOW, SMALL_UP])
+    for estimator in (estimators.lam_grad_penalty, estimators.lam_grad_released_est1):
+        with pytest.raises(ValueError, match="takes one lower reward, not 2; use lam_grad_cov"):
+            estimator(SMALL_UP, two, torch.ones(2), 1.0)
+        grad, _ = estimator(SMALL_UP, SMALL_LOW[None], 2 * torch.ones(1), 10.0)  # one row is one reward
+        assert torch.isfinite(grad).all()
+
+
+def test_inputs_at_their_limits():
+    up, low = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grad, _ = estimators.lam_grad_cov(up, low, 1.0)  # two samples are the fewest
+        weight, _ = estimators.tilt_weights(torch.zeros(3), 1.0, torch.tensor([0.0, -math.inf, 0.0]))
+    p = 1 / (1 + math.e)  # of the second sample, whose r_low is the smaller: Cov = -p (1 - p)
+    assert grad.item() == pytest.approx(-p * (1 - p)) and grad.dtype == torch.float64
+    assert weight.tolist() == [0.5, 0.0, 0.5]
+    with pytest.raises(ValueError, match="log_w must be finite, or -inf for samples that count nothing"):
+        estimators.tilt_weights(torch.zeros(3), 1.0, torch.full((3,), -math.inf))
+    with pytest.raises(ValueError, match=r"shapes \[\(\), \(2,\), \(\), \(0,\)\]"):
+        estimators.lam_grad_cov(torch.tensor(1.0), low, 1.0)
+    with pytest.raises(ValueError, match=r"r_up \(n,\), r_low \(n,\) or \(m, n\), lam \(\) or \(m,\), log_w \(n,\)"):
+        estimators.lam_grad_cov(up, low, torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"have the shapes"):
+        estimators.lam_grad_cov(up, low[None, None], torch.ones(1, 1))
+
+
+def test_paired_differences_by_hand():
+    """gamma times the mean difference, and its standard error s/sqrt(n) over trajectories."""
+    high, low = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 1.0, 1.0])
+    grad, info = estimators.lam_grad_path(high, low, 10.0)  # differences 5, 10, 30
+    assert grad.item() == pytest.approx(15) and grad.dtype == torch.float64
+    assert info == {"se": pytest.approx((175 / 3) ** 0.5), "ess": 3.0, "warning": None}
+    half, info_half = estimators.lam_grad_released_est2(high, low, 10.0)
+    assert half.item() == pytest.approx(7.5) and info_half["se"].item() == pytest.approx(info["se"].item() / 2)
+    grad, _ = estimators.lam_grad_path(high[:2], low[:2], 10.0)  # two are enough
+    assert grad.item() == pytest.approx(7.5)
+    for bad in ((high[:1], low[:1]), (high.reshape(1, 3), low.reshape(1, 3))):
+        with pytest.raises(ValueError, match="n >= 2, by trajectory"):
+            estimators.lam_grad_path(*bad, 1.0)
+    for gamma in (0.0, -1.0):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            estimators.lam_grad_path(high, low, gamma)
+
+
+def test_the_curve_point_by_point():
+    """Mean, error, ESS, gradient and its error at each lambda are those of the estimators there."""
+    up, low = rewards(3_000, 23)
+    lams = torch.logspace(-0.3, 1, 9, dtype=torch.float64)
+    curve = estimators.lam_curve(up, low, lams)
+    for i, lam in enumerate(curve.lam):
+        p, info = estimators.tilt_weights(low, lam)
+        grad, at = estimators.lam_grad_cov(up, low, lam)
+        assert curve.mean[i].item() == pytest.approx((p @ up).item(), rel=1e-10)
+        assert curve.se[i].item() == pytest.approx((p * (up - p @ up)).norm().item(), rel=1e-10)
+        assert curve.ess[i].item() == pytest.approx(info["ess"], rel=1e-10)
+        assert curve.grad[i].item() == pytest.approx(grad.item(), rel=1e-9)
+        assert curve.grad_se[i].item() == pytest.approx(at["se"].item(), rel=1e-9)
+    assert curve.said == f"the reward is largest at lam = {curve.best:.4g}" and curve.boundary is None
+    assert abs(estimators.lam_grad_cov(up, low, curve.best)[0]) < 1e-9
+
+
+@pytest.mark.parametrize("z", [1.0, 1.96])
+def test_the_interval_ends_where_the_gradient_is_z_errors_from_zero(z):
+    up, low = rewards(20_000, 24)
+    options = {} if z == 1.96 else {"z": z}  # 1.96 is the default
+    curve = estimators.lam_curve(up, low, torch.logspace(-0.5, 1, 300, dtype=torch.float64), **options)
+    for lam, sign in zip(curve.interval, (-1, 1), strict=True):
+        grad, info = estimators.lam_grad_cov(up, low, lam)
+        assert (grad / info["se"]).item() == pytest.approx(sign * z, abs=5e-3)
+
+
+def test_the_default_grid_spans_eight_decades_and_keeps_what_the_samples_say():
+    up, low = rewards(2_000, 25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        everything = estimators.lam_curve(up, low, min_ess=0.0)
+    assert len(everything.lam) == 161
+    torch.testing.assert_close(everything.lam[[0, -1]], low.std() * torch.tensor([1e-4, 1e4]).double())
+    kept = estimators.lam_curve(up, low)
+    assert torch.equal(kept.lam, everything.lam[everything.ess >= 100.0])
+    with pytest.raises(ValueError, match=r"only 2 values of lam .* 100 or more \(n = 2000, largest \d+\); draw more"):
+        estimators.lam_curve(up, low, torch.tensor([0.01, 1.0, 2.0]))
+    three = estimators.lam_curve(up, low, torch.tensor([0.8, 1.0, 2.0]))  # three are enough
+    assert len(three.lam) == 3
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, lambda up, low, lam: estimators.tilt_weights(low, lam)])
+def test_the_warning_points_at_the_callers_line(estimator):
+    with pytest.warns(UserWarning, match="effective sample size") as caught:
+        estimator(*rewards(50, 1), 1.0)
+    assert caught[0].filename == __file__
+
+
+def test_an_interval_that_no_lambda_bounds_is_open_on_that_side():
+    """So few samples that the gradient is nowhere z errors from zero, on either side of the maximum or on one."""
+    up, low = rewards(400, 26)
+    lams = torch.logspace(-0.2, 1, 12, dtype=torch.float64)
+    curve = estimators.lam_curve(up, low, lams, min_ess=10.0, z=60.0)
+    assert curve.boundary is None and curve.interval == (0.0, math.inf)
+    score = curve.grad / curve.grad_se
+    middle = (-score[0].item() + score[-1].item()) / 2
+    assert score[0] < 0 < score[-1] and -score[0].item() != pytest.approx(score[-1].item(), rel=0.2)
+    curve = estimators.lam_curve(up, low, lams, min_ess=10.0, z=middle)  # reached on one side only
+    assert (curve.interval[0] == 0.0) == (-score[0].item() < middle) and (curve.interval[1] == math.inf) == (
+        score[-1].item() < middle
+    )
+    assert (curve.interval[0] == 0.0) != (curve.interval[1] == math.inf)

@@ -278,3 +278,157 @@ def test_bad_mixtures_are_named():
         oracles.Mixture(-PLANE.weights, PLANE.means, PLANE.covs)
     with pytest.raises(ValueError, match=r"covs \(K, d, d\)"):
         oracles.Mixture(PLANE.weights, PLANE.means, PLANE.covs[0])
+
+
+# ---------------------------------------------------------------- small laws by hand, defaults and edges
+
+
+def test_a_tilt_of_three_points_by_hand():
+    """p_0 = (1/2, 1/4, 1/4), r_low = (0, log 2, log 4), lam = 1: p_star = (1/4, 1/4, 1/2)."""
+    tilt = oracles.Tilt(
+        torch.tensor([3.0, 1.0, 2.0]),
+        torch.tensor([1, 2, 4.0]).double().log(),
+        torch.tensor([2, 1, 1.0]).double().log(),
+    )
+    p = tilt.p_gamma(1.0)
+    torch.testing.assert_close(p.exp(), torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64), rtol=0, atol=1e-12)
+    kl = 0.25 * torch.tensor(0.5).double().log() + 0.5 * torch.tensor(2.0).double().log()
+    torch.testing.assert_close(tilt.kl(p), kl)
+    assert tilt.value(1.0).item() == pytest.approx(-2.0) and tilt.mean(p, tilt.r_up).item() == pytest.approx(2.0)
+    lams = torch.tensor([[0.5, 1.0], [2.0, 9.0]], dtype=torch.float64)
+    for function in (
+        tilt.value,
+        tilt.hypergrad,
+        lambda lam: tilt.penalty(lam, 5.0),
+        lambda lam: tilt.penalty_grad(lam, 5.0),
+    ):
+        together = function(lams)
+        assert together.shape == (2, 2)
+        for i in range(4):
+            torch.testing.assert_close(together.flatten()[i], function(lams.flatten()[i]))
+    lost = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).log()  # a point of probability zero counts nothing
+    assert tilt.kl(lost).item() == pytest.approx(0.5 * torch.tensor(2.0).double().log().item())
+
+
+def test_the_tilt_as_algorithm_1_sees_it():
+    """The minima of g and f/gamma + g are -lam log Z and -lam log Z_gamma, and no other law does better."""
+    x, gamma = torch.tensor(0.3, dtype=torch.float64), 4.0
+    lam, star, tilted = x.exp(), PROBLEM.solve_star(x), PROBLEM.solve_gamma(x, gamma)
+    torch.testing.assert_close(PROBLEM.f(x, star), -(star.exp() * PROBLEM.r_up).sum())
+    torch.testing.assert_close(PROBLEM.g(x, star), -lam * PROBLEM.logits(lam).logsumexp(-1))
+    both = PROBLEM.f(x, tilted) / gamma + PROBLEM.g(x, tilted)
+    torch.testing.assert_close(both, -lam * PROBLEM.logits(lam, gamma).logsumexp(-1))
+    for other in (PROBLEM.log_p0, PROBLEM.p_gamma(2 * lam), star):
+        assert PROBLEM.f(x, other) / gamma + PROBLEM.g(x, other) > both
+    assert torch.equal(PROBLEM.solve_star(x, warm=tilted), star)
+
+
+def test_the_running_example_is_what_the_book_says():
+    law = oracles.Mixture1D()
+    assert (law.weights, law.means, law.stds) == ((0.6, 0.4), (-1.5, 1.5), (0.7, 0.9))
+    x, log_w = law.quadrature()
+    assert (x[0].item(), x[-1].item(), len(x)) == (-20.0, 120.0, 14001) and x.dtype == torch.float64
+    assert log_w.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    few, _ = law.quadrature(-1.0, 1.0, 5)
+    assert few.tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    problem = law.problem()
+    torch.testing.assert_close(problem.r_up, -((x - 1.2) ** 2) / 2)
+    assert torch.equal(problem.r_low, x)
+    torch.testing.assert_close(problem.log_p0, log_w)
+    other = law.problem(torch.sin, torch.cos)
+    assert torch.equal(other.r_up, x.sin()) and torch.equal(other.r_low, x.cos())
+    one, two = (law.sample(50, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two) and one.dtype == torch.float64
+
+
+def test_which_curvatures_can_be_normalised():
+    """1/s^2 is 2.04 and 1.235: a curvature of 1 leaves precisions 1.04 and 0.235, at 1/s^2 itself nothing is left."""
+    bent = MIXTURE.tilt(0.0, 1.0)
+    assert bent.stds[1] == pytest.approx((1 / (1 / 0.81 - 1)) ** 0.5) and MIXTURE.tilt(0.3) == MIXTURE.tilt(0.3, 0.0)
+    unit = oracles.Mixture1D((1.0,), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match=r"curvature = 1 must be below 1/s\^2 = 1 of every component"):
+        unit.tilt(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"below 1/s\^2 = 1.23457 of every component"):
+        MIXTURE.tilt(0.0, 2.0)
+    flat = oracles.Mixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    with pytest.raises(ValueError, match="curvature = 1.0 must be below the inverse covariance"):
+        flat.tilt(torch.zeros(2).double(), 1.0)
+    narrow = flat.tilt(torch.zeros(2).double(), 0.75)  # a precision of 1/4 is left
+    torch.testing.assert_close(narrow.covs[0], 4 * torch.eye(2).double())
+
+
+def test_a_mixture_is_tilted_by_a_matrix_and_may_have_any_scale_of_weights():
+    x, cell = lattice()
+    slope = torch.tensor([0.4, -0.2], dtype=torch.float64)
+    curvature = torch.tensor([[-0.5, 0.3], [0.3, -0.2]], dtype=torch.float64)
+    direct = PLANE.log_prob(x) + x @ slope + (x @ curvature * x).sum(1) / 2
+    direct = direct - (direct.exp().sum() * cell).log()
+    torch.testing.assert_close(PLANE.tilt(slope, curvature).log_prob(x), direct, rtol=0, atol=1e-8)
+    torch.testing.assert_close(PLANE.tilt(slope).means, PLANE.tilt(slope, 0.0).means)
+    scaled = oracles.Mixture(7 * PLANE.weights, PLANE.means, PLANE.covs)
+    torch.testing.assert_close(scaled.log_prob(x[:9]), PLANE.log_prob(x[:9]))
+    for ours, theirs in zip(scaled.mean_cov(), PLANE.mean_cov(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    box = x[:6].reshape(2, 3, 2)  # any leading axes
+    torch.testing.assert_close(PLANE.log_prob(box).flatten(), PLANE.log_prob(x[:6]))
+    torch.testing.assert_close(PLANE.share(box).reshape(6, 3), PLANE.share(x[:6]))
+    one, two = (PLANE.sample(50, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two) and one.dtype == torch.float64
+    absent = oracles.Mixture(
+        torch.tensor([1.0, 0.0, 2.0]).double(), PLANE.means, PLANE.covs
+    )  # a zero weight is allowed
+    assert torch.isfinite(absent.log_prob(x[:9])).all()
+    for weights in ([0.5, -0.1, 0.6], [0.0, 0.0, 0.0], [1.0, 1.0]):
+        with pytest.raises(ValueError, match=r"weights \(K,\), at least 0, .* are .* with \[\("):
+            oracles.Mixture(torch.tensor(weights).double(), PLANE.means, PLANE.covs)
+
+
+def test_a_gaussian_with_what_is_left_out():
+    law = oracles.Gaussian(torch.tensor([1.0, -0.5]).double(), torch.tensor([[0.5, 0.2], [0.2, 0.3]]).double())
+    slope = torch.tensor([0.7, -1.0], dtype=torch.float64)
+    assert torch.equal(law.tilt(slope).mean, law.tilt(slope, 1.0).mean)
+    assert torch.equal(law.kl_tilt(slope), law.kl_tilt(slope, 1.0))
+    abar = schedules.abar(torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64), 20)
+    standard = oracles.Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+    left_out, given = law.chain_law(abar, [20, 10]), law.chain_law(abar, [20, 10], 0.0, standard)
+    assert torch.equal(left_out.mean, given.mean) and torch.equal(left_out.cov, given.cov)
+    gain, offset = law.affine(abar[10])
+    x = torch.randn(3, 2)
+    found = law.denoiser(abar)(x, 10)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (x.double() @ gain.T + offset).float())
+
+
+def test_the_schedule_oracle_by_default_and_at_its_solution():
+    default = oracles.LinearGaussianSchedule()
+    assert (default.s, default.T, default.kind, default.ts) == (0.5, 50, "cosine", list(range(50, 0, -5)))
+    assert oracles.LinearGaussianSchedule(T=11).ts == [11, 6, 1]
+    other = oracles.LinearGaussianSchedule(s=0.8, T=10, ts=[10, 4], kind="linear")
+    q = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert torch.equal(other.abar(q), schedules.abar(q, 10, "linear")) and other.ts == [10, 4]
+    q, gamma = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64), 20.0
+    a = SCHEDULE.solve_gamma(q, gamma)
+
+    def objective(a):
+        return SCHEDULE.f(q, a) / gamma + SCHEDULE.g(q, a)
+
+    assert torch.func.grad(objective)(a).abs().max() < 1e-10
+    assert (torch.linalg.eigvalsh(torch.func.hessian(objective)(a)) > 0).all()
+    assert objective(a) < objective(SCHEDULE.solve_star(q))
+    torch.testing.assert_close(SCHEDULE.solve_gamma(q, gamma, warm=0.9 * a), a, rtol=0, atol=1e-8)
+    assert not SCHEDULE.solve_gamma(q.clone().requires_grad_(), gamma).requires_grad
+    flipped = SCHEDULE.f(q, 5 * a)  # a gain of the other sign counts by its size
+    assert flipped >= 0
+
+
+def test_newton_takes_shorter_steps_where_whole_ones_overshoot():
+    small, q = oracles.LinearGaussianSchedule(T=10, ts=[10, 7, 4]), torch.tensor([0.0, 0.9, 1.0, 0.008]).double()
+    far = small.solve_gamma(q, 5.0, warm=torch.full((10,), 10.0, dtype=torch.float64))
+    torch.testing.assert_close(far, small.solve_gamma(q, 5.0), rtol=0, atol=1e-9)
+
+
+def test_newton_says_where_it_stalls(monkeypatch):
+    monkeypatch.setattr(torch.func, "hessian", lambda f: lambda a: 1e9 * torch.eye(len(a), dtype=a.dtype))
+    small = oracles.LinearGaussianSchedule(T=2, ts=[2, 1])
+    with pytest.raises(RuntimeError, match=r"did not converge at gamma = 20, q = \[0.0, 0.9"):
+        small.solve_gamma(torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64), 20.0)

@@ -177,3 +177,52 @@ def test_bad_input():
     broken = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x[:, 0] / 0, 0.5, ABAR, TS)
     with pytest.raises(ValueError, match="the reward is not finite"):
         particles(broken, (4, 2), 0)
+
+
+def test_defaults_are_the_guided_chain_with_its_own_noise():
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.4, ABAR, TS)
+    x, log_w, info = particles(guide, (64, 2), 7)
+    again = particles(guide, (64, 2), 7, eta=1.0, guided=True, threshold=0.5)
+    assert torch.equal(x, again[0]) and torch.equal(log_w, again[1]) and info == again[2]
+    assert set(info) == {"ess", "resampled", "log_z"} and log_w.dtype == torch.float64
+    half = particles(guide, (64, 2), 7, eta=1.0, guided=True, threshold=0.9)
+    assert len(half[2]["resampled"]) > len(info["resampled"])
+
+
+def test_two_steps_by_hand():
+    """The weights of two particles over two steps, from the kernels' densities themselves."""
+    abar, ts = ABAR, [20, 10]
+    guide = guidance.LookAhead(LAW.denoiser(abar), lambda x: x @ SLOPE, 0.5, abar, ts)
+    g = torch.Generator().manual_seed(8)
+    start = torch.randn(2, 2, generator=g, dtype=torch.float64)
+    z = torch.randn(2, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    x, log_w, info = samplers.sample_particles(
+        guide, start, abar, ts, eta=0.7, threshold=0.0, generator=torch.Generator().manual_seed(9)
+    )
+    eps_hat, eps_guided, first = guide.look(start, 20, True)
+    c_x, c_eps, sigma = samplers.ddim_coefficients(abar, 20, 10, 0.7)
+    plain, guided = (torch.distributions.Normal(c_x * start + c_eps * eps, sigma) for eps in (eps_hat, eps_guided))
+    middle = guided.mean + sigma * z
+    expected = -math.log(2) + first + (plain.log_prob(middle) - guided.log_prob(middle)).sum(1)
+    eps_hat, _, second = guide.look(middle, 10, False)
+    c_x, c_eps, _ = samplers.ddim_coefficients(abar, 10, 0, 0.7)
+    end = c_x * middle + c_eps * eps_hat
+    expected = expected + second - first + guide.potential(end) - second
+    torch.testing.assert_close(x, end)
+    torch.testing.assert_close(log_w, expected.log_softmax(0))
+    assert info["log_z"] == pytest.approx(expected.logsumexp(0).item(), rel=1e-10)
+    assert info["ess"][-1] == pytest.approx(1 / expected.softmax(0).square().sum().item(), rel=1e-10)
+    assert info["ess"][0] == pytest.approx(1 / first.softmax(0).square().sum().item(), rel=1e-10)
+
+
+def test_resampling_draws_one_number_and_never_a_row_too_many():
+    log_w = torch.tensor([0.0, -math.inf, 0.0], dtype=torch.float64)
+    rows = samplers._systematic(log_w, torch.Generator().manual_seed(0))
+    assert sorted(set(rows.tolist())) == [0, 2] and len(rows) == 3
+    g = torch.Generator().manual_seed(1)
+    u = torch.rand(1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).item()
+    weights, n = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), 4
+    edges, expected = [0.1, 0.3, 0.6, 1.0], []
+    for i in range(n):
+        expected.append(next(k for k, edge in enumerate(edges) if (i + u) / n <= edge))
+    assert samplers._systematic(weights.log(), g).tolist() == expected

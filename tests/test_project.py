@@ -298,7 +298,8 @@ def test_figures_have_a_caption_and_a_text_alternative(path):
         if set(tags(cell)) & {"remove-output", "remove-cell", "setup"}:
             continue
         mystnb = cell["metadata"].get("mystnb", {})
-        assert mystnb.get("figure", {}).get("caption"), f"cell {i} draws without a caption"
+        caption = mystnb.get("figure", {}).get("caption", "")
+        assert len(caption.split()) >= 12, f"cell {i} draws without a caption that says what is seen: {caption!r}"
         assert mystnb.get("image", {}).get("alt"), f"cell {i} draws without a text alternative"
 
 

@@ -133,3 +133,95 @@ def test_bad_input():
         estimators.q_grad_one_point(exact, Q, math.nan, seed=0)
     with pytest.raises(ValueError, match="grad_steps = 0 must be at least 1"):
         sampled(Q, 0, grad_steps=0)
+
+
+# ---------------------------------------------------------------- by hand: seeds, lengths, counts
+
+
+class Spy:
+    """A smooth function whose noise depends on the seed alone; remembers how it was called."""
+
+    def __init__(self):
+        self.seeds, self.points, self.grads = [], [], []
+
+    def __call__(self, q, seed):
+        self.seeds.append(seed)
+        self.points.append(q.detach().clone())
+        self.grads.append(torch.is_grad_enabled())
+        return (q**3).sum() + q[0] * q[1] + math.sin(seed)
+
+
+def test_two_point_by_hand():
+    f, delta = Spy(), torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
+    grad, info = estimators.q_grad_two_point(f, Q, seed=5, delta=delta, directions=3)
+    g, draws, values = torch.Generator().manual_seed(5), [], []
+    for _ in range(3):
+        u = torch.randn(4, generator=g, dtype=torch.float64)
+        high, low = Spy()(Q + delta * u, 5), Spy()(Q - delta * u, 5)
+        draws.append((high - low) / 2 * u / delta)
+        values += [high.item(), low.item()]
+    draws = torch.stack(draws)
+    torch.testing.assert_close(grad, draws.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(info["se"], draws.std(0) / 3**0.5, rtol=1e-12, atol=0)
+    assert info["f"] == pytest.approx(sum(values) / 6, rel=1e-12) and info["calls"] == 6 == len(f.seeds)
+    assert f.seeds == [5] * 6 and not any(f.grads) and set(info) == {"calls", "f", "se"}
+    f = Spy()
+    estimators.q_grad_two_point(f, Q, seed=5, directions=3, common=False)
+    assert sorted(f.seeds) == list(range(6, 12))
+    f = Spy()  # what is left out: one direction, at distance 0.01, with common numbers
+    grad, info = estimators.q_grad_two_point(f, Q, seed=6)
+    explicit, _ = estimators.q_grad_two_point(Spy(), Q, seed=6, delta=0.01, directions=1, common=True)
+    assert torch.equal(grad, explicit) and info["se"] is None and info["calls"] == 2 and f.seeds == [6, 6]
+    u = torch.randn(4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    torch.testing.assert_close(f.points[0], Q + 0.01 * u, rtol=0, atol=1e-14)
+
+
+def test_one_point_by_hand():
+    delta = torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
+    u = torch.randn(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for f_seed, used in ((None, 5), (0, 0), (9, 9)):
+        f = Spy()
+        grad, info = estimators.q_grad_one_point(f, Q, 2.0, seed=5, delta=delta, f_seed=f_seed)
+        value = Spy()(Q + delta * u, used)
+        torch.testing.assert_close(grad, (value - 2.0) * u / delta, rtol=1e-12, atol=0)
+        assert info == {"calls": 1, "f": value.item(), "se": None} and f.seeds == [used]
+    f = Spy()
+    estimators.q_grad_one_point(f, Q, 2.0, seed=5)
+    torch.testing.assert_close(f.points[0], Q + 0.01 * u, rtol=0, atol=1e-14)
+
+
+def test_coordinates_by_hand():
+    f, delta = Spy(), torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
+    grad, info = estimators.q_grad_coordinates(f, Q, seed=5, delta=delta)
+    slope = 3 * Q**2 + delta**2 + torch.stack([Q[1], Q[0], 0 * Q[2], 0 * Q[3]])  # of a cubic: delta^2 is all the error
+    torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-12)
+    middle = Spy()(Q, 5) + (3 * Q * delta**2).sum() / 4  # the odd powers cancel
+    assert info["f"] == pytest.approx(middle.item(), rel=1e-12)
+    assert (info["calls"], info["se"], set(info)) == (8, None, {"calls", "f", "se"})
+    assert f.seeds == [5] * 8 and not any(f.grads)
+    f = Spy()
+    estimators.q_grad_coordinates(f, Q, seed=5, common=False)
+    assert sorted(f.seeds) == list(range(6, 14))
+    f = Spy()
+    estimators.q_grad_coordinates(f, Q, seed=5)
+    torch.testing.assert_close(f.points[1][0], Q[0] - 0.01, rtol=0, atol=1e-14)
+
+
+def test_pathwise_modes_report_what_they_did():
+    q = Q.clone().requires_grad_()
+    value = Spy()(Q, 5).item()
+    for estimate, calls in ((estimators.q_grad_forward, 5), (estimators.q_grad_reverse, 2)):
+        f = Spy()
+        grad, info = estimate(f, q, seed=5)
+        assert info == {"calls": calls, "f": pytest.approx(value, rel=1e-12), "se": None}
+        assert set(f.seeds) == {5} and not grad.requires_grad and grad.dtype == torch.float64
+        assert grad.device == Q.device and q.grad is None
+    assert estimators.q_grad_forward(lambda q, seed: q.float().sum(), Q.float(), seed=0)[0].dtype == torch.float32
+
+
+def test_penalty_gradient_reports_both_objectives():
+    q = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64)
+    star, tilted = ORACLE.solve_star(q).detach(), ORACLE.solve_gamma(q, 50.0)
+    _, info = estimators.penalty_grad(ORACLE, q, star, tilted, 50.0)
+    gap = (ORACLE.g(q, tilted) - ORACLE.g(q, star)).item()
+    assert info == {"f": pytest.approx(ORACLE.f(q, tilted).item()), "gap": pytest.approx(gap)} and gap > 0

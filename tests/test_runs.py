@@ -1,4 +1,4 @@
-"""Parameters and profiles, seeds, devices, atomic files, checkpoints, results."""
+"""Parameters and profiles, devices, atomic files, checkpoints, results."""
 
 import json
 import os
@@ -156,16 +156,6 @@ def test_folders(project, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("BILEVEL_ROOT", str(tmp_path_factory.mktemp("empty")))
     with pytest.raises(FileNotFoundError, match="BILEVEL_ROOT"):
         runs.project_root()
-
-
-def test_seeds_repeat_and_are_checked():
-    generator = runs.seed_everything(3)
-    first = (torch.rand(2), torch.rand(2, generator=generator))
-    generator = runs.seed_everything(3)
-    assert torch.equal(first[0], torch.rand(2)) and torch.equal(first[1], torch.rand(2, generator=generator))
-    for bad in (-1, 2**32, 1.0, True):
-        with pytest.raises(ValueError, match="seed"):
-            runs.seed_everything(bad)
 
 
 def test_device_choice(monkeypatch):

@@ -195,3 +195,101 @@ def test_bad_input():
     for grid in ([], [101, 50], [50, 50], [20, 40], [50, 0]):
         with pytest.raises(ValueError, match="must descend"):
             samplers.sample_ddim(denoiser, x, abar, grid)
+
+
+# ---------------------------------------------------------------- coefficients, defaults and draws, by hand
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_coefficients_are_those_of_the_paper(eta):
+    """Song et al., eqs. 12 and 16, written out: x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z."""
+    abar = schedules.abar(COSINE, T)
+    for t, s in ((100, 80), (37, 1), (5, 0)):
+        a, b = abar[t].item(), abar[s].item()
+        sigma = eta * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
+        c_x, c_eps, spread = samplers.ddim_coefficients(abar, t, s, eta)
+        assert c_x.item() == pytest.approx((b / a) ** 0.5, rel=1e-12)
+        expected = (max(1 - b - sigma**2, 0)) ** 0.5 - (b / a) ** 0.5 * (1 - a) ** 0.5
+        assert c_eps.item() == pytest.approx(expected, rel=1e-12)
+        assert spread.item() == pytest.approx(sigma, rel=1e-12, abs=1e-15)
+
+
+def test_what_is_left_out():
+    """eta = 0 without noise, a posterior variance, all steps with a graph, x_0 alone."""
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 4)
+    assert ts == [100, 75, 50, 25] == samplers.timesteps(T, 4, "trailing")
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    plain = samplers.sample_ddim(denoiser, x, abar, ts)
+    assert torch.equal(plain, samplers.sample_ddim(denoiser, x, abar, ts, eta=0.0, noise=iter(())))
+    noise = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(2))
+    by_default = samplers.sample_ancestral(denoiser, x, abar, ts, noise=noise)
+    assert torch.equal(by_default, samplers.sample_ancestral(denoiser, x, abar, ts, variance="posterior", noise=noise))
+    assert not torch.equal(by_default, samplers.sample_ancestral(denoiser, x, abar, ts, variance="beta", noise=noise))
+    for sampler, options in ((samplers.sample_ddim, {"eta": 1.0}), (samplers.sample_ancestral, {})):
+        g = torch.Generator().manual_seed(3)  # one tensor a step, none in the last
+        given = sampler(denoiser, x, abar, ts, noise=[torch.randn(3, 2, generator=g) for _ in range(3)], **options)
+        found = sampler(denoiser, x, abar, ts, generator=torch.Generator().manual_seed(3), **options)
+        assert torch.equal(found, given) and isinstance(found, torch.Tensor)
+
+
+def test_graphs_and_checkpoints_of_the_last_steps():
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 4)
+    x, calls = torch.randn(3, 2, dtype=torch.float64), []
+
+    def counted(x, t):
+        calls.append((t, torch.is_grad_enabled()))
+        return weight * denoiser(x, t)
+
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    samplers.sample_ddim(counted, x, abar, ts, grad_steps=1)
+    assert calls == [(100, False), (75, False), (50, False), (25, True)]
+    calls.clear()
+    samplers.sample_ddim(counted, x, abar, ts)
+    assert all(enabled for _, enabled in calls) and len(calls) == 4
+    calls.clear()
+    samplers.sample_ddim(counted, x, abar, ts, checkpoint=True).sum().backward()
+    assert len(calls) == 8, "each call is made once more on the way back"
+    with pytest.raises(ValueError, match="grad_steps = 0 must be at least 1, or None for all"):
+        samplers.sample_ddim(counted, x, abar, ts, grad_steps=0)
+    with pytest.raises(ValueError, match=r"eta = -0.1 must lie in \[0, 1\]"):
+        samplers.sample_ddim(counted, x, abar, ts, eta=-0.1)
+    one = samplers.sample_ddim(denoiser, x, abar, [T, 1])  # the ends of 1..T are allowed
+    assert torch.isfinite(one).all()
+
+
+@pytest.mark.filterwarnings("ignore:abar_T")
+def test_the_device_and_the_type_are_those_of_x():
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 3)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(2, 3, device="meta", dtype=dtype)
+        for sampler, options in ((samplers.sample_ddim, {"eta": 0.5}), (samplers.sample_ancestral, {})):
+            found = sampler(denoiser, x, abar, ts, **options)
+            assert (found.device.type, found.dtype) == ("meta", dtype)
+    x_T = samplers.draw_x_T((2, 3), abar, device="meta", dtype=torch.float64)
+    assert (x_T.device.type, x_T.dtype) == ("meta", torch.float64)
+    x_T = samplers.draw_x_T((2, 3), abar, x0=torch.zeros(5, 3, device="meta", dtype=torch.float64))
+    assert (x_T.device.type, x_T.dtype) == ("meta", torch.float64)
+
+
+def test_draw_x_T_by_hand():
+    """Rows first, then noise, both from the generator; the last signal level and no other."""
+    data = torch.arange(20, dtype=torch.float64).reshape(10, 2)
+    abar = torch.tensor([1.0, 0.7, 0.36], dtype=torch.float64)
+    g = torch.Generator().manual_seed(4)
+    rows, eps = torch.randint(10, (6,), generator=g), torch.randn(6, 2, generator=g, dtype=torch.float64)
+    found = samplers.draw_x_T((6, 2), abar, x0=data, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found, 0.6 * data[rows] + 0.8 * eps, rtol=0, atol=1e-14)
+    dark, g = torch.tensor([1.0, 0.5, 1e-6]), torch.Generator().manual_seed(5)
+    found = samplers.draw_x_T((6, 2), dark, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(found, torch.randn(6, 2, generator=g, dtype=torch.float64))
+
+
+def test_one_ancestral_step_by_hand():
+    abar = schedules.abar(COSINE, T)
+    a, b, x = abar[60].item(), abar[40].item(), torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+    z, beta = torch.tensor([[0.5, 2.0]], dtype=torch.float64), 1 - a / b
+    mean = (x - beta / (1 - a) ** 0.5 * denoiser(x, 60)) * (b / a) ** 0.5
+    for variance, sigma in (("posterior", (beta * (1 - b) / (1 - a)) ** 0.5), ("beta", beta**0.5)):
+        path = samplers.sample_ancestral(denoiser, x, abar, [60, 40], variance=variance, noise=[z], trajectory=True)
+        assert len(path) == 3 and torch.equal(path[0], x)
+        torch.testing.assert_close(path[1], mean + sigma * z, rtol=1e-12, atol=0)

@@ -4,10 +4,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -381,37 +377,6 @@ def test_resume_is_bit_for_bit(tmp_path):
     assert [record.k for record in rest] == [3, 4, 5, 6]
     assert all(equal(a, b) for a, b in zip(records[3:], rest, strict=True)) and equal(whole, resumed)
     assert records[-1].gamma == annealed(6) and whole.best_val < float("inf")
-
-
-CHILD = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from test_schedule_learning import checkpointed
-checkpointed({path!r}, 60)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_loses_nothing(tmp_path):
-    path = tmp_path / "state"
-    script = CHILD.format(tests=os.path.dirname(__file__), path=str(path))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    seen = set()
-    for kill in (True, True, True, False):
-        child = subprocess.Popen([sys.executable, "-c", script], env=env)
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while kill and (path.stat().st_mtime_ns if path.exists() else 0) == before and child.poll() is None:
-            pass
-        if kill:
-            child.send_signal(signal.SIGKILL)
-        child.communicate()
-        seen.add(child.returncode)
-    assert seen == {-signal.SIGKILL, 0}
-    whole, _ = checkpointed(tmp_path / "whole", 60)
-    resumed = new_state(gamma=annealed, val=validate, val_every=2)
-    resumed.load(*runs.load_state(path))
-    assert equal(whole, resumed)
 
 
 def test_loading_shares_no_memory():

@@ -215,3 +215,105 @@ def test_coordinates_refuse_what_they_cannot_read():
     for function in (schedules.reduce, schedules.expand):
         with pytest.raises(ValueError, match="kind is 'quadratic'"):
             function(torch.zeros(4), "quadratic")
+
+
+# ---------------------------------------------------------------- defaults, edges and the last digit
+
+
+def test_what_is_left_out_is_the_released_cosine():
+    q, u = Q["cosine"], torch.linspace(0, 1, 5)
+    assert torch.equal(schedules.betas(q, 20), schedules.betas(q, 20, "cosine", "released"))
+    assert torch.equal(schedules.abar(q, 20), schedules.abar(q, 20, "cosine", "released"))
+    assert torch.equal(schedules.log_curve(u, q), schedules.log_curve(u, q, "cosine"))
+    assert torch.equal(schedules.reduce(q), schedules.reduce(q, "cosine"))
+    assert torch.equal(schedules.expand(q[:3]), schedules.expand(q[:3], "cosine"))
+    dark = torch.tensor([0.0, 1.0, 4.0, 0.008], dtype=torch.float64)  # only the cosine refuses tau = 4 at end = 1
+    assert torch.equal(schedules.project(dark, 1000), schedules.project(dark, 1000, "cosine", "released", 0.0))
+    assert not torch.equal(schedules.project(dark, 1000), schedules.project(dark, 1000, form="normalised"))
+
+
+@pytest.mark.parametrize("kind", schedules.KINDS)
+def test_coordinates_hold_wherever_the_redundant_parameters_are_fixed(kind, monkeypatch):
+    """Not only at tau_0 = 1 and epsilon_0 = 0, where a forgotten factor would not be seen."""
+    monkeypatch.setitem(schedules.DEFAULT_Q, kind, (0.1, 0.8, 1.4, 0.3))
+    q = torch.tensor([0.15, 0.9, 0.8, 0.1], dtype=torch.float64)
+    again = schedules.expand(schedules.reduce(q, kind), kind)
+    torch.testing.assert_close(schedules.abar(again, 40, kind), schedules.abar(q, 40, kind), rtol=1e-10, atol=0)
+    assert again[3].item() == 0.3 and (kind == "cosine" or again[2].item() == 1.4)
+
+
+def test_double_precision_and_the_device_of_the_input():
+    assert schedules.expand(torch.tensor([0.0, 1.0, 1.0]))[3].item() == 0.008  # not the nearest float32
+    assert schedules.expand(torch.zeros(3, device="meta")).device.type == "meta"
+    for form in schedules.FORMS:
+        betas = schedules.betas(Q["cosine"].to("meta"), 10, "cosine", form)
+        assert (betas.device.type, betas.dtype, betas.shape) == ("meta", torch.float64, (10,))
+        assert schedules.betas(Q["cosine"].float(), 10, "cosine", form).dtype == torch.float64
+    assert schedules.per_sample(0.3, torch.zeros(2, device="meta")).device.type == "meta"
+    assert schedules.per_sample(0.3, torch.zeros(2)).dtype == torch.float64
+    assert schedules.per_sample(torch.tensor([0.3, 0.2]), torch.zeros(2, 3, 4)).shape == (2, 1, 1)
+    assert schedules.project(Q["cosine"].float(), 10).dtype == torch.float32
+
+
+def test_signal_to_noise_and_tables_of_betas():
+    abar = torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64)
+    expected = torch.tensor([math.inf, math.log(4), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(schedules.log_snr(abar), expected, rtol=0, atol=1e-15)
+    found = schedules.abar_from_betas(torch.tensor([0.0, 0.5, 0.2], dtype=torch.float64))  # zero is allowed
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.0, 0.5, 0.4], dtype=torch.float64), rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="found -0.1 to 0.3"):
+        schedules.abar_from_betas(torch.tensor([0.3, -0.1]))
+    assert schedules.betas(torch.tensor([0.0, 1.0, 1.0, 0.0]), 10)[-1] == 0.999
+    flat = schedules.betas(torch.tensor([0.0, 0.05, 0.1, 1.0]), 1000, "linear")
+    assert (flat > 0).all()
+
+
+def test_the_bounds_themselves_are_admissible():
+    for q in ((0.9, 0.95, 0.1, 0.0), (0.0, 0.05, 10.0, 1.0)):
+        schedules.check(torch.tensor(q, dtype=torch.float64), 10)
+    for i, (low, high) in enumerate(schedules.BOUNDS["sigmoid"]):
+        for value in (low - 1e-6, high + 1e-6):
+            q = Q["sigmoid"].clone()
+            q[i] = value
+            with pytest.raises(ValueError, match=rf"{schedules.NAMES[i]} = .* is outside \[{low:g}, {high:g}\]"):
+                schedules.check(q, 10, "sigmoid")
+    with pytest.raises(ValueError, match=r"end - start = 0.0499 is below 0.05: raise end or lower start"):
+        schedules.check(torch.tensor([0.5, 0.5499, 1.0, 0.0], dtype=torch.float64), 10)
+    for T in (2.0, 1, True):
+        with pytest.raises(ValueError, match=f"T is {T}; it must be an integer of at least 2"):
+            schedules.betas(Q["cosine"], T)
+    assert len(schedules.betas(Q["cosine"], 2)) == 2
+
+
+def test_projection_keeps_its_margin_and_opens_the_gap():
+    """By hand: start <= 1 - margin - gap with gap = 0.05 + margin, and end >= start + gap."""
+    q = torch.tensor([0.9, 0.2, 20.0, -1.0], dtype=torch.float64)
+    found = schedules.project(q, 10, margin=0.06)
+    torch.testing.assert_close(found, torch.tensor([0.83, 0.94, 9.94, 0.06], dtype=torch.float64), rtol=0, atol=1e-9)
+    q = torch.tensor([0.3, 0.2, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    found = schedules.project(q, 10)
+    assert not found.requires_grad and found.tolist() == pytest.approx([0.3, 0.35, 1.0, 0.0], abs=1e-12)
+    with pytest.raises(ValueError, match=r"no end gives abar_T >= 1e-10 at start, tau, epsilon = \[0.9, 10.0, 0.0\]"):
+        schedules.project(torch.tensor([0.9, 1.0, 10.0, 0.0], dtype=torch.float64), 1000, "cosine", "normalised")
+
+
+def test_the_terminal_warning_names_its_numbers():
+    abar = torch.tensor([1.0, 1e-4, 0.04])
+    with pytest.warns(UserWarning, match=r"abar_T = 0.04: x_T still holds sqrt\(abar_T\) = 0.2 of"):
+        assert schedules.check_terminal(abar) is True
+    assert schedules.check_terminal(torch.tensor([1.0, 0.5, schedules.TERMINAL_ABAR], dtype=torch.float64)) is False
+
+
+def test_rescaling_is_affine_in_the_root():
+    abar = torch.tensor([1.0, 0.64, 0.25, 0.04], dtype=torch.float64)  # roots 1, 0.8, 0.5, 0.2 -> 1, 0.775, 0.4375, 0.1
+    expected = torch.tensor([1.0, 0.775, 0.4375, 0.1], dtype=torch.float64) ** 2
+    torch.testing.assert_close(schedules.rescale_terminal(abar, 0.01), expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(schedules.rescale_terminal(abar, 0.04), abar, rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match=r"last = 0.05 must lie in \(0, abar_T = 0.04\]"):
+        schedules.rescale_terminal(abar, 0.05)
+
+
+def test_the_terminal_warning_points_at_the_callers_line():
+    with pytest.warns(UserWarning) as caught:
+        schedules.check_terminal(torch.tensor([1.0, 0.04]))
+    assert caught[0].filename == __file__

@@ -107,13 +107,6 @@ def classifier_score(logits: Tensor) -> float:
     return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
 
 
-def agreement(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples that a classifier (logits (n, classes)) takes for the digit they were made as (labels (n,))."""
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, not {tuple(logits.shape[:1])}")
-    return (logits.argmax(1) == labels).double().mean().item()
-
-
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean of independent values (one per training seed, say) with Student's t interval for its expectation."""
     from scipy import stats
@@ -123,34 +116,6 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         raise ValueError(f"an interval needs at least two finite values, not {values!r}")
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * x.std().item() / math.sqrt(len(x))
     return Interval(x.mean().item(), x.mean().item() - half, x.mean().item() + half)
-
-
-def bootstrap_interval(
-    statistic: Callable[..., float],
-    *samples: Tensor,
-    resamples: int = 200,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """statistic(*samples) with a normal interval whose standard error comes from resampling each sample's rows.
-
-    It speaks of the scatter at this n, not of the bias: resampled rows repeat, so a percentile interval of the
-    Fréchet distance would carry its O(1/n) bias twice and often miss the estimate itself. It says nothing about
-    other training seeds either; for those use `t_interval`.
-    """
-    if resamples < 20:
-        raise ValueError(f"resamples = {resamples} is too few for a standard error: take at least 20")
-    generator = torch.Generator().manual_seed(seed)
-
-    def again(sample: Tensor) -> Tensor:
-        rows = torch.randint(len(sample), (len(sample),), generator=generator)
-        return sample[rows.to(sample.device)]
-
-    scatter = torch.tensor([statistic(*map(again, samples)) for _ in range(resamples)], dtype=torch.float64)
-    estimate = float(statistic(*samples))
-    z = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
-    half = z * scatter.std().item()
-    return Interval(estimate, estimate - half, estimate + half)
 
 
 def _identity(features: Tensor) -> FeatureNetwork:

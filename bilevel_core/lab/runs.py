@@ -1,4 +1,4 @@
-"""Parameters and profiles, seeds, devices, atomic files, checkpoints, and results with their provenance."""
+"""Parameters and profiles, devices, atomic files, checkpoints, and results with their provenance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -293,19 +292,7 @@ def _check(name: str, value: Any, rule: Any, quick: Any = None) -> Any:
     raise TypeError(f"rule of parameter {name}: {rule!r} is not a tuple, type, function or [rule]")
 
 
-# ---------------------------------------------------------------- seeds and devices
-
-
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed Python, numpy and torch (all devices); returns a CPU generator with the same seed."""
-    import numpy
-
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed!r} must be a whole number from 0 to 2^32 - 1")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+# ---------------------------------------------------------------- devices
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -361,14 +348,15 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
 
 
 def save_state(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
-    """Checkpoint: one safetensors file, with `meta` (JSON-able) and a checksum in its header; atomic.
+    """Checkpoint: one safetensors file, with `meta` (JSON-able) and checksums of both in its header; atomic.
 
     Tensors are copied to the CPU and come back bit for bit (generator states too: they are uint8 tensors).
     """
     from safetensors.torch import save
 
     flat = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    header = {"meta": json.dumps(dict(meta), default=_plain), "sha256": _digest(flat)}
+    text = json.dumps(dict(meta), default=_plain)
+    header = {"meta": text, "sha256": _digest(flat), "meta_sha256": hashlib.sha256(text.encode()).hexdigest()}
     return write_atomic(path, save(flat, metadata=header))
 
 
@@ -383,13 +371,15 @@ def load_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     data = path.read_bytes()
-    remedy = "delete it, the run then starts anew"
+    remedy = "delete it, the run then starts anew (or restore it with git, if it came with the book)"
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])["__metadata__"]
-        meta = json.loads(header["meta"])
-        good = header["sha256"] == _digest(tensors)
+        text, sums = header.pop("meta"), {"sha256": _digest(tensors)}
+        if len(header) > 1:  # older files have no sum of `meta`
+            sums["meta_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        meta, good = json.loads(text), header == sums
     except Exception as error:  # safetensors has its own error type, and a broken header can raise many
         raise ValueError(f"checkpoint {path} cannot be read ({error}): {remedy}") from error
     if not good:
