@@ -515,3 +515,16 @@ def test_an_interval_that_no_lambda_bounds_is_open_on_that_side():
         score[-1].item() < middle
     )
     assert (curve.interval[0] == 0.0) != (curve.interval[1] == math.inf)
+
+
+def test_an_interval_may_end_between_the_last_two_lambdas():
+    up, low = rewards(3_000, 23)
+    lams = torch.logspace(-0.2, 1, 12, dtype=torch.float64)
+    curve = estimators.lam_curve(up, low, lams)
+    score = (curve.grad / curve.grad_se).tolist()
+    steep, flat = min(score), max(score)
+    assert steep == score[0] < score[1] < 0 < score[-2] < score[-1] == flat
+    low_end = estimators.lam_curve(up, low, lams, z=-(score[0] + score[1]) / 2).interval[0]
+    assert curve.lam[0] < low_end < curve.lam[1]
+    high_end = estimators.lam_curve(up, low, lams, z=(score[-2] + score[-1]) / 2).interval[1]
+    assert curve.lam[-2] < high_end < curve.lam[-1]

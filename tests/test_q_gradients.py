@@ -168,6 +168,8 @@ def test_two_point_by_hand():
     f = Spy()
     estimators.q_grad_two_point(f, Q, seed=5, directions=3, common=False)
     assert sorted(f.seeds) == list(range(6, 12))
+    _, info = estimators.q_grad_two_point(Spy(), Q, seed=5, delta=delta, directions=2)
+    torch.testing.assert_close(info["se"], draws[:2].std(0) / 2**0.5, rtol=1e-12, atol=0)
     f = Spy()  # what is left out: one direction, at distance 0.01, with common numbers
     grad, info = estimators.q_grad_two_point(f, Q, seed=6)
     explicit, _ = estimators.q_grad_two_point(Spy(), Q, seed=6, delta=0.01, directions=1, common=True)

@@ -82,6 +82,13 @@ def test_grid_agrees_with_diffusers(spacing, steps):
         assert samplers.timesteps(T, steps, spacing) == [int(i) + 1 for i in scheduler.timesteps]
 
 
+def test_linspace_has_both_ends():
+    """One step starts at T, where diffusers starts at its time step 0 and cannot sample."""
+    assert samplers.timesteps(T, 1, "linspace") == [T]
+    assert samplers.timesteps(T, 2, "linspace") == [T, 1]
+    assert samplers.timesteps(T, 4, "linspace") == [100, 67, 34, 1]
+
+
 def test_eta_one_is_ancestral():
     g = torch.Generator().manual_seed(3)
     abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 25)
