@@ -38,10 +38,10 @@ def status(profile: str = "smoke", **changes) -> dict:
     } | changes
 
 
-def record(name: str, tier: str, gpu: str | None = None, **changes) -> dict:
+def record(name: str, tier: str, gpu: str | None = None, pieces: str = "", **changes) -> dict:
     made = {"commit": "b" * 40, "dirty": False, "date": "2026-02-03T00:00:00+00:00", "seeds": [0, 1], "wall_s": 9000.0}
     made |= {"cost": {"units": 1234567.0}, "hardware": {"cpu": "Other CPU", "cores": 8, "gpu": gpu}} | changes
-    return {"name": name, "tier": tier, "provenance": made}
+    return {"name": name, "tier": tier, "provenance": made, "protocol": {"pieces": pieces}}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -103,6 +103,8 @@ def test_the_status_page_tells_all():
     assert "| 3 s | 0.50 | SIZE-OF-01_one |" in text and "| all | 763 s | 1.25 |" in text
     assert "| 01_<wbr>study | recorded | 2026-02-03 | `bbbbbbb` | 2 | 2.5 h | 1.23e+06 | Other CPU, 8 cores |" in text
     assert "`bbbbbbb` (changed)" in text
+    resumed = [record("01_study", "recorded", pieces="resumable; wall_s counts those of the last start")]
+    assert "| 2 | more than 2.5 h |" in pages.status_page(status(), [], LISTED, resumed)
     assert "| 01_one | not yet run |" in text and "| appendix_two | 2026-02-03, A GPU |" in text
     assert "Speed by profile" not in text
     assert "changes that are not committed" in pages.status_page(status(dirty=True), [], LISTED, [])
