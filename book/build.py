@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -276,8 +276,11 @@ def vendor_mathjax(target: Path) -> None:
         copy(mathjax / part, target / part)
 
 
-def build_site(src: Path, site: Path) -> Path:
-    """Run Jupyter Book with warnings as errors; the site that was there stays until the new one is complete."""
+def build_site(src: Path, site: Path, finish: Callable[[Path], None] = lambda html: None) -> Path:
+    """Run Jupyter Book with warnings as errors; the site that was there stays until the new one is complete.
+
+    finish  what is still to be done to the new site's folder of pages before it takes the old one's place
+    """
     for left in site.parent.glob("site-*"):  # by builds that were killed
         shutil.rmtree(left, ignore_errors=True)
     fresh, old = site.with_name(f"site-new-{os.getpid()}"), site.with_name("site-old")  # theirs may still be written to
@@ -292,6 +295,7 @@ def build_site(src: Path, site: Path) -> Path:
         warnings = [line for line in text.splitlines() if re.search(r"WARNING|ERROR|CRITICAL", line)]
         shown = "\n".join(warnings or text.splitlines()[-40:])
         raise BuildError(f"Jupyter Book found problems (all of its output: {log}):\n{shown}")
+    finish(html)
     if site.exists():
         site.rename(old)
     fresh.rename(site)
@@ -373,10 +377,13 @@ def build(profile: str, force: bool = False) -> Path:
     site_begin = time.perf_counter()
     notebooks = {name: done.path for name, done in executed.items()}
     stage(out / "src", config, notebooks, address, write_pages(status, names, address))
+
+    def finish(html: Path) -> None:
+        offer_clean_notebooks(html, names, address)
+        status["page_bytes"] = pages.fill_sizes(html, names)
+
     try:
-        page = build_site(out / "src", out / "site")
-        offer_clean_notebooks(page.parent, names, address)
-        status["page_bytes"] = pages.fill_sizes(page.parent, names)
+        page = build_site(out / "src", out / "site", finish)
     except BuildError:
         print("FAILED", flush=True)
         raise
