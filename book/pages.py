@@ -66,7 +66,8 @@ def counted(verdict: Mapping[str, int] | None) -> str:
 def results(folder: Path) -> list[dict[str, Any]]:
     """The records of the runs that are kept, by name, without their data."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [{key: record[key] for key in ("name", "tier", "provenance")} for record in found if "provenance" in record]
+    kept = ("name", "tier", "protocol", "provenance")
+    return [{key: record[key] for key in kept} for record in found if "provenance" in record]
 
 
 def belongs(result: str, names: Sequence[str]) -> str | None:
