@@ -267,7 +267,7 @@ def _recorded(records: Sequence[Mapping[str, Any]]) -> str:
                 made["date"][:10],
                 f"`{commit[:7]}`" + (" (changed)" if made["dirty"] else ""),
                 len(made["seeds"]),
-                ("more than " if "last start" in str(record["protocol"]) else "") + duration(made["wall_s"]),
+                ("> " if "last start" in str(record["protocol"]) else "") + duration(made["wall_s"]),
                 f"{made['cost']['units']:.3g}",
                 hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores",
             ]
@@ -275,8 +275,8 @@ def _recorded(records: Sequence[Mapping[str, Any]]) -> str:
     head = ["Result", "Tier", "Date", "Commit", "Seeds", "Wall time", "Cost units", "Hardware"]
     return (
         "## Recorded runs\n\nThe results in `book/results` that chapters read, each with the commit it was made from. "
-        "A cost unit is what one image costs in one call of the network. A study is computed in pieces; *more than*: "
-        "it was taken up again, and only the seconds since its last start were counted.\n\n" + table(head, rows, left=4)
+        "A cost unit is what one image costs in one call of the network. A study is computed in pieces; *>*: it was "
+        "taken up again, and only the seconds since its last start were counted.\n\n" + table(head, rows, left=4)
     )
 
 

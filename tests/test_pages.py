@@ -104,7 +104,7 @@ def test_the_status_page_tells_all():
     assert "| 01_<wbr>study | recorded | 2026-02-03 | `bbbbbbb` | 2 | 2.5 h | 1.23e+06 | Other CPU, 8 cores |" in text
     assert "`bbbbbbb` (changed)" in text
     resumed = [record("01_study", "recorded", pieces="resumable; wall_s counts those of the last start")]
-    assert "| 2 | more than 2.5 h |" in pages.status_page(status(), [], LISTED, resumed)
+    assert "| 2 | > 2.5 h |" in pages.status_page(status(), [], LISTED, resumed)
     assert "| 01_one | not yet run |" in text and "| appendix_two | 2026-02-03, A GPU |" in text
     assert "Speed by profile" not in text
     assert "changes that are not committed" in pages.status_page(status(dirty=True), [], LISTED, [])
