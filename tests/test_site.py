@@ -55,6 +55,18 @@ def parsed(path: Path) -> Links:
     return Links(path.read_text(encoding="utf-8"))
 
 
+EQUATIONS = """() => {
+  const found = { wide: [], hidden: [] };
+  for (const line of document.querySelectorAll(".bd-article div.math")) {
+    const edges = [...line.querySelectorAll("mjx-c")].map((c) => c.getBoundingClientRect().left);
+    const begins = line.textContent.trim().slice(0, 30);
+    if (line.scrollWidth > line.clientWidth + 2) found.wide.push(begins);
+    if (Math.min(...edges) < line.getBoundingClientRect().left - 2) found.hidden.push(begins);
+  }
+  return found;
+}"""
+
+
 def ready(page, url: str) -> None:
     """Load a page and wait until its mathematics is set."""
     page.goto(url, wait_until="load")
@@ -71,6 +83,10 @@ def test_page_loads_and_sets_its_mathematics(page, site_url, address):
     assert page.locator("mjx-merror, .MathJax_Error").count() == 0
     if address in NOTEBOOK_PAGES:
         assert written > 0
+    # Display equations fit a desktop's line; on a phone they begin where the line begins and scroll.
+    assert page.evaluate(EQUATIONS)["wide"] == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate(EQUATIONS)["hidden"] == []
 
 
 def test_mathjax_is_our_own_copy(page, site_url):
