@@ -49,7 +49,7 @@ fast: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
-	$(BIN)/python -m pytest -q -n auto -m "not slow and not browser"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not browser"
 
 lab: $(READY)
 	$(BIN)/jupyter-lab notebooks

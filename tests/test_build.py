@@ -290,6 +290,7 @@ def test_make_refuses_unknown_profiles_and_old_pythons(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_largest_child():
     code = "import time; block = b'x' * {} ; time.sleep({})"
     before = subprocess.Popen([sys.executable, "-c", code.format(400_000_000, 5)])  # not ours to count

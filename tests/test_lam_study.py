@@ -165,6 +165,7 @@ def chain():
     return finetuning.Chain(net, text_models.abar(text_models.RECIPES["denoiser"]), steps=2)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_with_all_its_rewards(chain, tmp_path):
     found = lam_study.draw(chain, "a bold two", 500, 0, folder=tmp_path)
     images = found["images"].float() / 127.5 - 1

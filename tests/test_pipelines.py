@@ -119,9 +119,9 @@ def test_the_guidance_is_the_gradient_of_finite_differences(chain, block_checkpo
     "options",
     [
         {"micro_batch": 2},
-        {"micro_batch": None},
-        {"checkpoint": False},
-        {"block_checkpoint": True},
+        pytest.param({"micro_batch": None}, marks=pytest.mark.slow),
+        pytest.param({"checkpoint": False}, marks=pytest.mark.slow),
+        pytest.param({"block_checkpoint": True}, marks=pytest.mark.slow),
         {"slicing": False, "micro_batch": 3},
     ],
 )
@@ -177,6 +177,7 @@ def test_rows_with_several_prompts_and_times(chain):
     assert (plain[0] - together[0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_particles_and_algorithm_2_run_on_latents(chain):
     from bilevel_core.algorithms import TiltSamples, learn_lam
 

@@ -252,6 +252,7 @@ def save_as_torch(tensors, path):
     return path
 
 
+@pytest.mark.slow
 def test_human_preference_loads_a_checkpoint_into_a_named_model(tower, clip_folder, tmp_path):
     import open_clip
 

@@ -234,6 +234,7 @@ def test_projection_keeps_a_margin_and_does_not_drift(kind):
             assert low + 0.02 - 1e-9 <= expanded[i] <= high - 0.02 + 1e-9
 
 
+@pytest.mark.slow
 def test_images_in_single_precision_with_the_distance_of_features():
     """The shapes of the experiment, at the smallest size: U-Net, classifier, digits; forward and reverse mode agree."""
     x0, _ = data.load("digits", "train")
