@@ -60,6 +60,7 @@ def test_none_and_the_grid(seed):
     assert 0 < regret(grid) < 0.05 and regret(grid) < regret(plain) / 5
 
 
+@pytest.mark.slow
 def test_random_and_bayesian_search_improve_with_trials():
     for search, bound in ((baselines.random_search, 0.2), (baselines.bayesian, 0.01)):
         few = [regret(search(evaluate, 4000, seed, 4)) for seed in SEEDS]

@@ -129,6 +129,7 @@ def test_pooling_has_the_smaller_regret_at_one_budget():
     assert all(400 <= row["cost"] <= 1000 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_guidance_is_biased_and_particles_are_not():
     lams = (0.8, 1.0, 1.2, 1.4, 1.8)
     found = beyond.guidance_bias(lams, T=50, n=1500, seeds=2)

@@ -277,6 +277,7 @@ def test_a_network_that_does_not_move_is_an_error():
         assert state.step == 0 and all(torch.equal(v, before[n]) for n, v in state.tensors().items())
 
 
+@pytest.mark.slow
 def test_gamma_in_the_good_range_is_not_complained_about_and_outside_it_is():
     for gamma in (1.0, 10.0):
         assert f"gamma = {gamma:g} is too small: theta_gamma absorbs" in exact(Q, gamma)[1]["warning"]

@@ -72,6 +72,7 @@ def test_the_grid_is_end_by_tau():
     assert {(q[0], q[3]) for q in found} == {(0.0, 0.008)}
 
 
+@pytest.mark.slow
 def test_the_bayesian_search_uses_what_it_is_told():
     for seed in range(3):
         values = [truth(q) for q in proposed(schedule_race.bayesian, 15, seed)]
