@@ -23,8 +23,9 @@ from bilevel_core.lab import explorers, lam_study, runs
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider
 
 HERE = Path(__file__).parent
-STORIES = (("a bold two leaning right", 0.04), ("a bold two leaning right", 10.0), ("a medium nine", 0.04))
+STORIES = (("a bold two leaning right", 0.05), ("a bold two leaning right", 10.0), ("a medium nine", 0.05))
 BOUNDS = (0.01, 100.0)
+OVERLAP = 0.14  # above it neighbouring laws of which there are samples overlap
 SHOWN = 8  # images of a prompt and lambda
 LEVELS = 16  # of grey, two pixels to a byte
 LAMS = [min(lam, BOUNDS[1]) for lam in lam_study.SLIDER_LAMS]  # where the images stand; p_0 at the axis' end
@@ -33,6 +34,8 @@ LAMS = [min(lam, BOUNDS[1]) for lam in lam_study.SLIDER_LAMS]  # where the image
 @dataclass(frozen=True)
 class Story:
     """One run of Algorithm 2: its path, by which ending, on which curve (at `lams`) and with which images.
+
+    lams, curve  where the curve is measured, and by how much; it is drawn straight between them
 
     images  (len(LAMS), SHOWN, 28, 28), levels of grey from 0 to LEVELS - 1
     """
@@ -67,10 +70,13 @@ def stories() -> list[Story]:
     """Runs Algorithm 2 on the recorded rewards, from each start."""
     kept = runs.project_root() / "book" / "results" / "05_rewards.safetensors"
     materials, pictures = lam_study.restore(kept)
-    lams = [float(f"{10 ** (-2 + k / 20):.4g}") for k in range(81)]
     found = []
     for prompt, start in STORIES:
         learns, marks = (materials[prompt].bank("boldness", which) for which in (0, "other"))
+        # Between two lambda so far apart that their laws do not overlap, no sample tells the curve.
+        known = sorted({lam for lam, _ in marks.sharp})
+        lams = [lam for lam in known if lam < OVERLAP]
+        lams += [lam for k in range(81) if (lam := float(f"{10 ** (-2 + k / 20):.4g}")) > OVERLAP]
         steps = list(algorithms.learn_lam(learns.pooled, start, bounds=BOUNDS, min_ess=20))
         images = torch.stack([pictures[prompt, lam][:SHOWN, 0] for lam in lam_study.SLIDER_LAMS])
         found.append(
@@ -197,7 +203,8 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
             "every image is a blot; pulled right, a bold two; for a medium nine the right answer is not to pull. "
             f"Recorded: {n:,} samples of the pre-trained model a prompt, and particles (Algorithm 5) at five small λ, "
             "200 in a run. Algorithm 2 runs in the build, on the samples and one run; the curve is measured by three "
-            f"others. The images are {SHOWN} recorded ones at the nearest of ten λ. Chapter 5 has the whole story, and "
+            f"others, at each λ above {OVERLAP:g} and at the two below that have particles; it is straight between. "
+            f"The images are {SHOWN} recorded ones at the nearest of ten λ. Chapter 5 has the whole story, and "
             "its errors."
         ),
         alt=(

@@ -1,5 +1,6 @@
 """Every method at one budget, where the answer is known: r_low is Gaussian and r_up a parabola of it."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -333,3 +334,22 @@ def test_another_protocol_is_refused(chain):
         lam_study.check_protocol(lam_study.protocol(chain) | {"test": ["a two"], "kl_target": 3.0}, chain)
     with pytest.raises(ValueError, match="chain"):
         lam_study.check_protocol(lam_study.protocol(chain), replace(chain, steps=3))
+
+
+@pytest.mark.slow
+def test_marks_that_were_recorded_stand():
+    """What chapter 5 recorded, marked again from the recorded rewards: no lambda moves by a point, no verdict turns."""
+    kept = runs.read_result("05_reward_finetuning_mnist")["data"]["rows"]
+    materials, _ = lam_study.restore(runs.project_root() / "book" / "results" / "05_rewards.safetensors")
+    again = []
+    for (prompt, low), rows in itertools.groupby(kept, lambda row: (row["prompt"], row["reward"])):
+        again += lam_study.mark(list(rows), materials[prompt].bank(low, "other"), 5)
+    assert len(again) == len(kept) and {row["reward"] for row in kept} == set(lam_study.LOW)
+    for before, now in zip(kept, again, strict=True):
+        assert abs(before["regret"] - now["regret"]) < 1
+    for low in lam_study.LOW:
+        verdicts = [
+            {one.method: one.verdict for one in baselines.summarise([r for r in rows if r["reward"] == low], tie=0.1)}
+            for rows in (kept, again)
+        ]
+        assert verdicts[0] == verdicts[1] and len(verdicts[0]) == 9

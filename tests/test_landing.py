@@ -32,6 +32,8 @@ def test_the_stories_are_what_chapter_5_recorded(told):
         assert story.prompt == prompt and story.path[0] == start
         for lam, up in list(zip(story.lams, story.curve, strict=True))[::16]:
             assert up == pytest.approx(marks.worth(lam)["up"], abs=1e-3)
+        below = [lam for lam in story.lams if lam < landing.OVERLAP]
+        assert below == [0.01, 0.05] and set(below) < {lam for lam, _ in marks.sharp}  # nowhere between them
         *_, last = algorithms.learn_lam(learns.pooled, start, bounds=landing.BOUNDS, min_ess=20)
         assert story.path[-1] == pytest.approx(last.lam, rel=1e-3) and story.done == last.done
         for row, lam in enumerate(lam_study.SLIDER_LAMS):

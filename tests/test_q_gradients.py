@@ -76,7 +76,6 @@ def test_common_random_numbers_decide():
     assert (spread[False] > 5 * spread[True]).all()
 
 
-@pytest.mark.slow
 def test_one_point_is_unbiased_whatever_it_is_centred_on():
     for previous in (exact(Q).item(), 0.01):
         draws = torch.stack(

@@ -368,7 +368,7 @@ def test_paired_by_hand():
     assert report.sign((1, 0.05, 2), 0.1) == "holds"
 
 
-def test_root_by_bisection():
+def test_root_of_a_gradient():
     assert report.lam_root(lambda lam: lam.square() - 2) == pytest.approx(2**0.5, rel=1e-10)
     with pytest.raises(ValueError, match="one sign"):
         report.lam_root(lambda lam: lam)

@@ -213,11 +213,8 @@ def test_given_schedules_are_those_of_chapter_7(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.mnist
 def test_the_whole_study_resumes_and_is_recorded(tmp_path, monkeypatch):
-    from bilevel_core.lab import data
-
-    if not data.available("mnist"):
-        pytest.skip("needs MNIST")
     monkeypatch.setenv("BILEVEL_RESULTS", str(tmp_path / "results"))
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(schedule_transfer, "TIMES", {"samples": 70, "rounds": 2, "rate": 0.02})

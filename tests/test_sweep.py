@@ -82,7 +82,7 @@ def test_two_workers_of_which_one_is_killed(notebook, tmp_path):
         def kill():
             started = []
             while len(started) < 2:  # both workers are in the middle of a job
-                started = [path for path in (tmp_path / "out").glob("*/work/part")]
+                started = [path for path in (tmp_path / "out").glob("*/*/part")]
                 time.sleep(0.1)
             attempts = started[0].with_name("attempts")
             killed.append((attempts.parents[1], int(attempts.read_text().split()[0]), started[0].read_text()))

@@ -46,13 +46,11 @@ class Shifted:
     """The mixture oracle with r_low = x and r_up = -(x - centre)^2/2, its optimum, and exact draws of every tilt."""
 
     def __init__(self, centre: float):
+        from scipy.optimize import brentq
+
         self.mixture, self.centre = oracles.Mixture1D(), centre
         self.problem = self.mixture.problem(self.r_up)
-        low, high = 0.05, 50.0
-        for _ in range(80):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.problem.hypergrad(middle) < 0 else (low, middle)
-        self.lam = low
+        self.lam = brentq(lambda lam: self.problem.hypergrad(lam).item(), 0.05, 50.0, xtol=1e-12)
 
     def r_up(self, x: Tensor) -> Tensor:
         return -((x - self.centre) ** 2) / 2

@@ -215,15 +215,16 @@ def _tilt() -> Any:
 
 
 def lam_root(slope: Callable[[torch.Tensor], torch.Tensor], low: float = 0.05, high: float = 50.0) -> float:
-    """Where a gradient in lambda changes its sign, by bisection in log lambda. ValueError if it does not."""
-    a, b = (torch.tensor(value, dtype=torch.float64).log() for value in (low, high))
-    before = slope(a.exp()) > 0
-    if before == (slope(b.exp()) > 0):
+    """Where a gradient in lambda changes its sign, by Brent's method in log lambda. ValueError if it does not."""
+    from scipy.optimize import brentq
+
+    def at(x: float) -> float:
+        return float(slope(torch.tensor(x, dtype=torch.float64).exp()))
+
+    ends = math.log(low), math.log(high)
+    if (at(ends[0]) > 0) == (at(ends[1]) > 0):
         raise ValueError(f"the gradient has one sign between {low:g} and {high:g}")
-    for _ in range(50):
-        middle = (a + b) / 2
-        a, b = (middle, b) if (slope(middle.exp()) > 0) == before else (a, middle)
-    return a.exp().item()
+    return math.exp(brentq(at, *ends, xtol=1e-14))
 
 
 @_claim(
