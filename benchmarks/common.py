@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bilevel_core.lab import networks, runs
+from bilevel_core.lab import parameters, results
+from bilevel_core.lab.models import networks
 
 COST_UNIT = """cost unit: one image through one network forward = 1; its backward into the weights 2, into the input 1;
            one forward-mode (jvp) tangent 1. A sampling step costs 1 an image, a training step 3."""
@@ -36,13 +37,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     for name in ("batch", "steps", "repeats", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
-    args.device = runs.choose_device(args.device)
+    args.device = parameters.choose_device(args.device)
     torch.set_num_threads(args.threads)
     return args
 
 
 def header(args: argparse.Namespace, title: str) -> str:
-    machine = runs.hardware()
+    machine = results.hardware()
     where = machine["gpu"] if args.device.type == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
     return (
         f"{title}\n"

@@ -7,7 +7,7 @@ import common
 import torch
 
 from bilevel_core import guidance, samplers, schedules
-from bilevel_core.lab import networks
+from bilevel_core.lab.models import networks
 
 T = 1000
 BARE, OURS, MICRO, CHECKPOINT = "bare pairs", "LookAhead", "... micro-batch", "... checkpoint"

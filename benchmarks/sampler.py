@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from bilevel_core import samplers, schedules
-from bilevel_core.lab import adapters, networks
-from bilevel_core.lab.fast import fast
+from bilevel_core.lab.models import adapters, networks
+from bilevel_core.lab.models.fast import fast
 
 T = 1000
 BARE, OURS, DIFFUSERS, FAST, COMPILED = "bare forwards", "sample_ddim", "diffusers loop", "... fast", "... compiled"

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bilevel_core import distances, estimators, samplers, schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
-from bilevel_core.lab import data, networks
+from bilevel_core.lab import data
+from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 
 Q = torch.tensor((0.05, 0.9, 1.2, 0.02), dtype=torch.float64)  # inside the admissible set by more than delta

@@ -8,7 +8,7 @@ import torch
 
 from bilevel_core import schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
-from bilevel_core.lab import networks
+from bilevel_core.lab.models import networks
 
 T = 1000
 BARE, OURS = "bare steps", "train_score"

@@ -34,7 +34,7 @@ from nbformat import NotebookNode
 
 import landing
 import pages
-from bilevel_core.lab import runs
+from bilevel_core.lab import files, parameters, results
 from meter import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,9 +137,9 @@ def clean(nb: NotebookNode) -> NotebookNode:
         cell.metadata.pop("execution", None)
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags:
-            defaults = runs.literals(cell.source) or {}
+            defaults = parameters.literals(cell.source) or {}
         if "injected-parameters" in tags:
-            given = runs.literals(cell.source) or {}
+            given = parameters.literals(cell.source) or {}
             if all(name in defaults and defaults[name] == value for name, value in given.items()):
                 cell.metadata["tags"] = [*tags, "remove-cell"]
         if cell.cell_type == "code":
@@ -213,11 +213,11 @@ def execute(name: str, profile: str, out: Path, force: bool) -> Executed:
         raise BuildError(f"{name} failed outside its cells: {type(error).__name__}: {error}{where}") from error
     seconds = time.perf_counter() - begin
     nb = clean(nbformat.read(partial, as_version=4))
-    runs.write_atomic(done, nbformat.writes(nb).encode())
+    files.write_atomic(done, nbformat.writes(nb).encode())
     partial.unlink()
     key = [inputs, digest(ROOT / "book" / "results"), digest(done)]
     peak = memory.bytes / 2**30
-    runs.write_atomic(record, json.dumps({"key": key, "seconds": seconds, "peak": peak}).encode())
+    files.write_atomic(record, json.dumps({"key": key, "seconds": seconds, "peak": peak}).encode())
     return Executed(done, seconds, peak, False)
 
 
@@ -307,7 +307,7 @@ def offer_clean_notebooks(html: Path, names: list[str], address: Address | None)
     """The page's download button gives the notebook as it is opened on Colab: no outputs, the address filled in."""
     for name in names:
         nb = dress(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), name, address, COLAB_BADGE)
-        runs.write_atomic(html / "_sources" / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
+        files.write_atomic(html / "_sources" / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
 
 
 def write_pages(status: dict[str, Any], names: list[str], address: Address | None) -> dict[str, str]:
@@ -362,7 +362,7 @@ def build(profile: str, force: bool = False) -> Path:
             print("FAILED", flush=True)
             raise
         print(f"{done.seconds:7.1f} s {done.peak:5.2f} GiB{'  (reused)' if done.reused else ''}", flush=True)
-    made = runs.provenance()
+    made = results.provenance()
     status = {
         "profile": profile,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -388,7 +388,7 @@ def build(profile: str, force: bool = False) -> Path:
         print("FAILED", flush=True)
         raise
     status["site_seconds"] = round(time.perf_counter() - site_begin, 1)
-    runs.write_atomic(out / "status.json", json.dumps(status, indent=1).encode())
+    files.write_atomic(out / "status.json", json.dumps(status, indent=1).encode())
     print(f"{status['site_seconds']:.1f} s; in all {time.perf_counter() - begin:.1f} s")
     print(f"Open {page.as_uri()}")
     return page
@@ -404,13 +404,13 @@ def export_colab(folder: Path) -> None:
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     for name in names:
         nb = dress(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4), name, address, COLAB_BADGE)
-        runs.write_atomic(folder / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
+        files.write_atomic(folder / "notebooks" / f"{name}.ipynb", nbformat.writes(nb).encode())
     listing = "\n".join(f"- [{name}]({address.colab(name) or f'notebooks/{name}.ipynb'})" for name in names)
     readme = (
         f"# Notebooks of the book, for Colab\n\nWritten by the workflow that publishes the book, from commit "
         f"{address.ref} of {address.url}; do not edit them here. Each clones that commit when it runs.\n\n{listing}\n"
     )
-    runs.write_atomic(folder / "README.md", readme.encode())
+    files.write_atomic(folder / "README.md", readme.encode())
     print(f"{len(names)} notebooks for {address.url} at {address.ref} in {folder}")
 
 
@@ -421,8 +421,8 @@ def write_readme() -> None:
     readme = ROOT / "README.md"
     table = pages.readme_table(listed, pages.verdicts())
     text = pages.between(readme.read_text(encoding="utf-8"), "chapters", table)
-    runs.write_atomic(readme, text.encode())
-    runs.write_atomic(ROOT / "book" / "learning-lambda.svg", landing.still(landing.stories()[0]).encode())
+    files.write_atomic(readme, text.encode())
+    files.write_atomic(ROOT / "book" / "learning-lambda.svg", landing.still(landing.stories()[0]).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from bilevel_core import algorithms
-from bilevel_core.lab import explorers, lam_study, runs
+from bilevel_core.lab import explorers, places
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider
+from bilevel_core.lab.studies import lambda_race
 
 HERE = Path(__file__).parent
 STORIES = (("a bold two leaning right", 0.05), ("a bold two leaning right", 10.0), ("a medium nine", 0.05))
@@ -28,7 +29,7 @@ BOUNDS = (0.01, 100.0)
 OVERLAP = 0.14  # above it neighbouring laws of which there are samples overlap
 SHOWN = 8  # images of a prompt and lambda
 LEVELS = 16  # of grey, two pixels to a byte
-LAMS = [min(lam, BOUNDS[1]) for lam in lam_study.SLIDER_LAMS]  # where the images stand; p_0 at the axis' end
+LAMS = [min(lam, BOUNDS[1]) for lam in lambda_race.SLIDER_LAMS]  # where the images stand; p_0 at the axis' end
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def interpolate(places: Sequence[float], values: Sequence[float], lam: float) ->
 
 def stories() -> list[Story]:
     """Runs Algorithm 2 on the recorded rewards, from each start."""
-    kept = runs.project_root() / "book" / "results" / "05_rewards.safetensors"
-    materials, pictures = lam_study.restore(kept)
+    kept = places.project_root() / "book" / "results" / "05_rewards.safetensors"
+    materials, pictures = lambda_race.restore(kept)
     found = []
     for prompt, start in STORIES:
         learns, marks = (materials[prompt].bank("boldness", which) for which in (0, "other"))
@@ -78,7 +79,7 @@ def stories() -> list[Story]:
         lams = [lam for lam in known if lam < OVERLAP]
         lams += [lam for k in range(81) if (lam := float(f"{10 ** (-2 + k / 20):.4g}")) > OVERLAP]
         steps = list(algorithms.learn_lam(learns.pooled, start, bounds=BOUNDS, min_ess=20))
-        images = torch.stack([pictures[prompt, lam][:SHOWN, 0] for lam in lam_study.SLIDER_LAMS])
+        images = torch.stack([pictures[prompt, lam][:SHOWN, 0] for lam in lambda_race.SLIDER_LAMS])
         found.append(
             Story(
                 prompt,

@@ -17,7 +17,7 @@ import yaml
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NullObject
 
-from bilevel_core.lab import runs
+from bilevel_core.lab import files
 from browser import chromium, served, settle
 
 HERE = Path(__file__).resolve().parent
@@ -171,7 +171,7 @@ def make(profile: str, browser: Any) -> Path:
     book.compress_identical_objects()
     stream = io.BytesIO()
     book.write(stream)
-    return runs.write_atomic(out / "book.pdf", stream.getvalue())
+    return files.write_atomic(out / "book.pdf", stream.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

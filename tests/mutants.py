@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from bilevel_core.lab import runs
+from bilevel_core.lab import results
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "mutants" / "bilevel_core"
@@ -58,7 +58,7 @@ def report() -> str:
             if CODES.get(code) in ("survived", "no test"):
                 old, new = made[name]
                 survivors.append((module, old, new, reasons.get((old, new), "**not looked at yet**")))
-    about = runs.provenance()
+    about = results.provenance()
     share = (totals["killed"] + totals["timeout"]) / max(totals["tried"], 1)
     lines = [
         "# Mutation testing",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import runs
+from . import places
 
 NAMES = ("digits", "mnist", "fashion")
 SPLITS = ("train", "val", "test")
@@ -120,7 +120,7 @@ def available(name: str, root: str | Path | None = None) -> bool:
     """True where `load` needs no download: the files lie in `root`, BILEVEL_DATA or <work_dir>/data (unchecked)."""
     if name == "digits":
         return True
-    given = root or os.environ.get("BILEVEL_DATA") or runs.work_dir() / "data"
+    given = root or os.environ.get("BILEVEL_DATA") or places.work_dir() / "data"
     return _complete(name, Path(given).expanduser() / FOLDERS[name] / "raw")
 
 
@@ -131,7 +131,7 @@ def _complete(name: str, folder: Path) -> bool:
 def _folder(name: str, root: str | Path | None) -> Path:
     """The folder raw/ of a data set; without a root it is downloaded first, where it is not there already."""
     given = root or os.environ.get("BILEVEL_DATA")
-    folder = Path(given or runs.work_dir() / "data").expanduser() / FOLDERS[name] / "raw"
+    folder = Path(given or places.work_dir() / "data").expanduser() / FOLDERS[name] / "raw"
     if not given and not _complete(name, folder):
         _download(name, folder.parents[1])
     return folder

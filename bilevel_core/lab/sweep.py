@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import runs
+from . import files, places
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -49,7 +49,7 @@ def jobs(notebook: str | Path, grid: Mapping[str, Any], folder: str | Path) -> l
     """
     path = Path(notebook)
     if not path.suffix:
-        path = runs.project_root() / "notebooks" / f"{notebook}.ipynb"
+        path = places.project_root() / "notebooks" / f"{notebook}.ipynb"
     if not path.is_file():
         raise FileNotFoundError(f"there is no notebook {path}")
     choices = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
@@ -84,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     began, before = time.perf_counter(), dict(os.environ)
     os.environ |= {"BILEVEL_RESULTS": str(folder / "results"), "BILEVEL_WORK_DIR": str(folder / "work")}
-    os.environ["BILEVEL_ROOT"] = str(runs.project_root())
+    os.environ["BILEVEL_ROOT"] = str(places.project_root())
     try:
         papermill.execute_notebook(
             str(source),
@@ -103,7 +103,7 @@ def run(job: Job) -> dict[str, Any]:
     results = sorted(path.name for path in (folder / "results").glob("*.json"))
     found = {"config": config, "folder": str(folder), "seconds": round(time.perf_counter() - began, 1)}
     found |= {"worker": os.getpid(), "results": results}
-    runs.write_atomic(done, json.dumps(found).encode())
+    files.write_atomic(done, json.dumps(found).encode())
     return found
 
 

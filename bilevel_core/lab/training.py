@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from . import runs
+from . import files
 
 
 class State(Protocol):
@@ -40,18 +40,18 @@ def checkpointed(
 
     path = Path(path)
     if path.exists():
-        state.load(*runs.load_state(path))
+        state.load(*files.load_state(path))
     saved = state.step
     hidden = bar is None or os.environ.get("BILEVEL_STATIC") == "1"
     progress = tqdm(total=steps, initial=state.step, desc=bar, disable=hidden, mininterval=1)
     try:
         for record in loop:
             if state.step - saved >= every:
-                runs.save_state(path, state.tensors(), state.meta())
+                files.save_state(path, state.tensors(), state.meta())
                 saved = state.step
             progress.update()
             yield record
     finally:
         progress.close()
         if state.step > saved:
-            runs.save_state(path, state.tensors(), state.meta())
+            files.save_state(path, state.tensors(), state.meta())

@@ -1,0 +1,1 @@
+"""What draws and what judges: networks with their shipped weights, captions, CLIP, rewards, pipelines, chains."""

@@ -1,0 +1,322 @@
+"""Denoisers (diffusers' UNet2DModel behind a thin wrapper) and the classifiers whose features measure samples."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import captions
+
+# ---------------------------------------------------------------- denoisers
+
+# Side of the image, channels per level, and how many pixels are folded into channels first.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"side": 8, "channels": (16, 16), "fold": 1},
+    "small": {"side": 8, "channels": (32, 32), "fold": 1},
+    "mnist28": {"side": 28, "channels": (16, 32, 32), "fold": 1},
+    "mnist28_folded": {"side": 28, "channels": (32, 64), "fold": 2},
+}
+
+# Channels per level, how many pixels are folded into channels first, and the width of a word.
+TEXT_SIZES: dict[str, dict[str, Any]] = {
+    "tiny_text": {"channels": (16, 16), "fold": 4, "width": 16},
+    "mnist28_text": {"channels": (32, 64), "fold": 2, "width": 64},
+}
+
+
+class Denoiser(nn.Module):
+    """A denoiser `eps_hat = denoiser(x, t)` around diffusers' `UNet2DModel`.
+
+    size        one of SIZES
+    prediction  what the network's output means: "eps" (noise) or "x0" (clean image, turned into eps with `abar`)
+    abar        (T+1,), needed for prediction="x0"
+    seed        of the initial weights; torch's global generator is left as it was
+    x is (B, 1, side, side); t an int or (B,) int64, values 1..T: the U-Net gets t - 1, as diffusers counts.
+    No attention: forward-mode derivatives (`torch.func.jvp`) go through.
+    """
+
+    def __init__(
+        self, size: str = "small", *, prediction: str = "eps", abar: Tensor | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        if prediction not in ("eps", "x0"):
+            raise ValueError(f"prediction {prediction!r} is not 'eps' or 'x0'")
+        if prediction == "x0" and abar is None:
+            raise ValueError("prediction = 'x0' needs abar, the schedule that turns the estimate into noise")
+        shape = SIZES[size]
+        self.size, self.prediction = size, prediction
+        self.side, self.fold = shape["side"], shape["fold"]
+        levels, inputs = len(shape["channels"]), self.fold**2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.unet = UNet2DModel(
+                sample_size=self.side // self.fold,
+                in_channels=inputs,
+                out_channels=inputs,
+                block_out_channels=shape["channels"],
+                down_block_types=("DownBlock2D",) * levels,
+                up_block_types=("UpBlock2D",) * levels,
+                layers_per_block=1,
+                norm_num_groups=8,
+                add_attention=False,
+            )
+        # Not a parameter: the schedule may itself be learned, and set anew (`denoiser.abar = ...`) at every step.
+        self.abar = abar
+
+    def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        if x.shape[1:] != (1, self.side, self.side):
+            raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
+        folded = functional.pixel_unshuffle(x, self.fold)
+        output = functional.pixel_shuffle(self.unet(folded, t - 1).sample, self.fold)
+        if self.prediction == "eps":
+            return output
+        abar_t = torch.as_tensor(self.abar, device=x.device)[t].reshape(-1, 1, 1, 1)
+        return (x - abar_t.sqrt().to(x.dtype) * output) / (1 - abar_t).sqrt().to(x.dtype)
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser `eps_hat = denoiser(x, t, text)` for MNIST, around diffusers' `UNet2DConditionModel`.
+
+    size  one of TEXT_SIZES
+    seed  of the initial weights; torch's global generator is left as it was
+    x (B, 1, 28, 28); t an int or (B,) int64, values 1..T; text (B, CONTEXT) or (CONTEXT,) ids of `captions.encode`. The
+    words are embedded here: one by one for the cross-attention, and averaged for the time embedding.
+    """
+
+    def __init__(self, size: str = "mnist28_text", *, seed: int = 0) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        if size not in TEXT_SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(TEXT_SIZES)}")
+        shape = TEXT_SIZES[size]
+        self.size, self.side, self.fold = size, 28, shape["fold"]
+        levels, inputs, width = len(shape["channels"]), self.fold**2, shape["width"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.words = nn.Embedding(len(captions.WORDS), width)
+            self.places = nn.Parameter(0.1 * torch.randn(captions.CONTEXT, width))
+            self.unet = UNet2DConditionModel(
+                sample_size=self.side // self.fold,
+                in_channels=inputs,
+                out_channels=inputs,
+                block_out_channels=shape["channels"],
+                down_block_types=("DownBlock2D",) * levels,
+                up_block_types=("UpBlock2D",) * levels,
+                layers_per_block=1,
+                norm_num_groups=8,
+                cross_attention_dim=width,
+                attention_head_dim=8,
+                class_embed_type="simple_projection",
+                projection_class_embeddings_input_dim=width,
+            )
+
+    def forward(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+        if x.shape[1:] != (1, self.side, self.side):
+            raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
+        words = self.words(text.expand(x.shape[0], -1))  # not len(x), which a recording would fix
+        output = self.unet(
+            functional.pixel_unshuffle(x, self.fold),
+            t - 1,
+            encoder_hidden_states=words + self.places,
+            class_labels=words.mean(1),
+        ).sample
+        return functional.pixel_shuffle(output, self.fold)
+
+
+class Prompted(nn.Module):
+    """A text denoiser with its prompt, as a denoiser `eps_hat = denoiser(x, t)`, by classifier-free guidance.
+
+    eps_hat = eps(x, t, "") + scale (eps(x, t, prompt) - eps(x, t, "")), both in one call on the doubled batch (Ho and
+    Salimans, arXiv 2207.12598). scale 1 is the conditional model alone, 0 the unconditional one, each in a single pass.
+
+    denoiser  a `TextDenoiser`, or `fast` of one; with `empty`, any denoiser(x, t, text)
+    prompt    a caption for all rows, or token ids (CONTEXT,) or (B, CONTEXT); with `empty`, text (1, ...) or (B, ...)
+    empty     (1, ...): what stands for no prompt, where the denoiser reads something else than these captions
+    `passes` is what a call costs in forwards per image. Raises ValueError for an unknown word or a scale that is not
+    finite or negative.
+    """
+
+    def __init__(
+        self, denoiser: Callable[..., Tensor], prompt: str | Tensor, scale: float = 1.5, empty: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"scale = {scale} must be finite and at least 0")
+        self.denoiser, self.scale, self.passes = denoiser, scale, 1 if scale in (0, 1) else 2
+        text = captions.encode([prompt]) if isinstance(prompt, str) else prompt
+        self.text = text.reshape(-1, captions.CONTEXT) if empty is None else text
+        self.empty = captions.encode([""]) if empty is None else empty
+        self.train(getattr(denoiser, "training", False))
+
+    def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        text, empty = self.text.to(x.device), self.empty.to(x.device)
+        if self.passes == 1:
+            return self.denoiser(x, t, text if self.scale else empty)
+        text, empty = (each.expand(x.shape[0], *each.shape[1:]) for each in (text, empty))
+        text = torch.cat([text, empty])
+        both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
+        with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
+        return without + self.scale * (with_text - without)
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+class _Classifier(nn.Module):
+    """Convolutions, a linear map to `num_features` features, SiLU, a linear map to 10 logits.
+
+    Smooth throughout, and the features are taken before the SiLU: a Gaussian fits them better than rectified ones,
+    their covariance has full rank, and gradients with respect to the image exist everywhere. They are shifted and
+    scaled by constants (see `standardise`) that the head undoes, so that distances have a readable unit.
+    """
+
+    side: int
+    num_features: int
+
+    def __init__(self, body: nn.Sequential, body_features: int) -> None:
+        super().__init__()
+        self.body = body
+        self.to_features = nn.Linear(body_features, self.num_features)
+        self.to_logits = nn.Linear(self.num_features, 10)
+        self.register_buffer("centre", torch.zeros(self.num_features))
+        self.register_buffer("scale", torch.ones(()))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, num_features) of images (n, 1, side, side) in [-1, 1]."""
+        if images.shape[1:] != (1, self.side, self.side):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, but this classifier takes (n, 1, {self.side}, {self.side})"
+            )
+        return (self.to_features(self.body(images).flatten(1)) - self.centre) / self.scale
+
+    def head(self, features: Tensor) -> Tensor:
+        """(n, 10) logits of features (n, num_features)."""
+        return self.to_logits(functional.silu(features * self.scale + self.centre))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 10) logits of images (n, 1, side, side) in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+def _block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.SiLU())
+
+
+class Classifier28(_Classifier):
+    """For 28x28 images; 64 features."""
+
+    side, num_features = 28, 64
+
+    def __init__(self) -> None:
+        blocks = _block(1, 16, stride=2, kernel=5), _block(16, 32, stride=2), _block(32, 64), _block(64, 64, stride=2)
+        super().__init__(nn.Sequential(*blocks), 64 * 4 * 4)
+
+
+class Classifier8(_Classifier):
+    """For MNIST padded to 32x32 and averaged to 8x8; 32 features."""
+
+    side, num_features = 8, 32
+
+    def __init__(self) -> None:
+        blocks = _block(1, 32), _block(32, 64, stride=2), _block(64, 64)
+        super().__init__(nn.Sequential(*blocks), 64 * 4 * 4)
+
+
+CLASSIFIERS: dict[str, type[_Classifier]] = {"mnist28": Classifier28, "mnist8": Classifier8}
+
+
+def load_classifier(name: str) -> _Classifier:
+    """The shipped classifier "mnist28" or "mnist8", frozen, in eval mode, on the CPU in float32.
+
+    Raises ValueError where its weights are not those whose SHA-256 the card records.
+    """
+    from safetensors.torch import load
+
+    classifier = CLASSIFIERS[_known(name)]()
+    classifier.load_state_dict(load(shipped(f"classifier_{name}", f"classifier_{name}.safetensors")))
+    return classifier.eval().requires_grad_(False)
+
+
+def classifier_card(name: str) -> dict[str, Any]:
+    """How a shipped classifier was made: configuration, log of the losses, accuracies, hashes, provenance."""
+    return card(f"classifier_{_known(name)}")
+
+
+def reference_features(name: str, split: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Features (n, num_features) that a shipped classifier gives to MNIST's "train", "val" or "test" split.
+
+    Stored in half precision, returned as `dtype`; in the order of `data.load`. Raises ValueError for a damaged file.
+    """
+    return _reference(name, split)["features"].to(dtype)
+
+
+def reference_labels(name: str, split: str) -> Tensor:
+    """The labels (n,) int64 that go with `reference_features`."""
+    return _reference(name, split)["labels"].long()
+
+
+def _reference(name: str, split: str) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is not one of train, val, test")
+    return load(shipped(f"classifier_{_known(name)}", f"features_{name}_{split}.safetensors"))
+
+
+def _known(name: str) -> str:
+    if name not in CLASSIFIERS:
+        raise ValueError(f"classifier {name!r} is not one of {', '.join(CLASSIFIERS)}")
+    return name
+
+
+# ---------------------------------------------------------------- shipped files
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is recorded about a shipped model: configuration, log, measurements, SHA-256 of its files, provenance."""
+    path = _weights() / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no card {name}.json among the shipped weights: install the package again, or train it"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shipped(name: str, file: str) -> bytes:
+    """The bytes of a shipped file. Raises ValueError where its SHA-256 is not the one in the card `name`."""
+    expected, path = card(name)["sha256"][file], _weights() / file
+    if not path.is_file():
+        raise FileNotFoundError(f"shipped file {file} is missing: install the package again")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(f"shipped file {file} was altered (its SHA-256 is not {expected}): install the package again")
+    return data
+
+
+def load_text_denoiser() -> TextDenoiser:
+    """The shipped text-conditional denoiser of MNIST, frozen, in eval mode, on the CPU in float32.
+
+    Its schedule and its measured quality are in `card("text_denoiser")`. Raises as `shipped` does.
+    """
+    from safetensors.torch import load
+
+    denoiser = TextDenoiser(card("text_denoiser")["recipe"]["size"])
+    denoiser.load_state_dict(load(shipped("text_denoiser", "text_denoiser.safetensors")))
+    return denoiser.eval().requires_grad_(False)
+
+
+def _weights():
+    return importlib.resources.files(__package__) / "weights"

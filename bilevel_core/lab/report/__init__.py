@@ -1,0 +1,67 @@
+"""What of the paper and of its released code is reproduced: each claim's verdict, computed from `book/results`.
+
+A file for each part registers its claims, in the order of the report; `claims` judges them.
+"""
+
+from . import size
+from .entropy import FINETUNING
+from .method import absorbed, guided_bias, lam_root, learned_exactly
+from .paper import FIELDS, VALUE_IDS, PaperValue, paper_column, paper_values
+from .rules import (
+    NOT_REPRODUCED,
+    PARTLY,
+    PARTS,
+    REPRODUCED,
+    UNTESTED,
+    VERDICTS,
+    Claim,
+    Finding,
+    NoData,
+    Records,
+    claims,
+    counts,
+    outperforms,
+    paired,
+    shown,
+    sign,
+    without_seed,
+)
+from .schedule import SCHEDULES, race, released_bill
+from .tables import ProseTable, href, place
+
+__all__ = [
+    "FIELDS",
+    "FINETUNING",
+    "NOT_REPRODUCED",
+    "PARTLY",
+    "PARTS",
+    "REPRODUCED",
+    "SCHEDULES",
+    "UNTESTED",
+    "VALUE_IDS",
+    "VERDICTS",
+    "Claim",
+    "Finding",
+    "NoData",
+    "PaperValue",
+    "ProseTable",
+    "Records",
+    "absorbed",
+    "claims",
+    "counts",
+    "guided_bias",
+    "href",
+    "lam_root",
+    "learned_exactly",
+    "outperforms",
+    "paired",
+    "paper_column",
+    "paper_values",
+    "place",
+    "race",
+    "released_bill",
+    "shown",
+    "sign",
+    "size",
+    "without_seed",
+]

@@ -1,0 +1,66 @@
+"""Claims as tables of a page."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+
+from .. import parameters, results
+
+
+class ProseTable:
+    """A table of sentences, wrapped and flush left, some of them links; shown as HTML in a notebook and on a page.
+
+    rows     mappings, one per row; of a text with a line break the first line is bold
+    columns  key -> heading;  tier, note: as for `plots.Table`
+    links    key of a column -> key of the row's link, from the root of the site as in `Claim.link`
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, str]],
+        columns: Mapping[str, str],
+        *,
+        tier: str,
+        note: str,
+        links: Mapping[str, str] | None = None,
+    ):
+        if tier not in ("exact", *results.TIERS):
+            raise ValueError(f"tier = {tier!r} must be one of exact, {', '.join(results.TIERS)}")
+        self.rows, self.columns, self.tier, self.note, self.links = list(rows), columns, tier, note, links or {}
+
+    def _repr_html_(self) -> str:
+        style = "padding: 0.3em 0.5em; text-align: left; vertical-align: top"
+
+        def cell(row: Mapping[str, str], key: str) -> str:
+            first, line_break, rest = (html.escape(part) for part in row[key].partition("\n"))
+            text = f"<strong>{first}</strong><br>{rest}" if line_break else first
+            if key in self.links:
+                text = f'<a href="{html.escape(href(row[self.links[key]]))}">{text}</a>'
+            return f'<td style="{style}">{text}</td>'
+
+        head = "".join(f'<th scope="col" style="{style}">{html.escape(text)}</th>' for text in self.columns.values())
+        body = "".join(f"<tr>{''.join(cell(row, key) for key in self.columns)}</tr>" for row in self.rows)
+        caption = f'<caption style="caption-side: bottom"><b>{self.tier}</b>: {html.escape(self.note)}</caption>'
+        table = '<table class="dataframe" style="font-size: 0.85em; min-width: 46em">'
+        return f"{table}{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        rows = [
+            "\n  ".join(f"{head}: {': '.join(row[key].splitlines())}" for key, head in self.columns.items())
+            for row in self.rows
+        ]
+        return "\n".join([*rows, f"{self.tier}: {self.note}"])
+
+
+def place(chapter: str) -> str:
+    """What a reader calls a notebook: "chapter 5", "appendix"."""
+    number = re.match(r"\d+", chapter)
+    return f"chapter {int(number[0])}" if number else chapter.partition("_")[0]
+
+
+def href(link: str) -> str:
+    """A `Claim.link` as a notebook must write it: a page of the site in a build, the notebook's file in a live one."""
+    target = link.removeprefix("notebooks/")
+    return target if parameters.is_batch() else target.partition("#")[0].replace(".html", ".ipynb")

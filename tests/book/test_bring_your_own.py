@@ -1,0 +1,30 @@
+"""The examples of the page "Bring your own" run as they stand and print what the page says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "book" / "bring_your_own.md"
+EXAMPLES = re.findall(
+    r"^## (.*?)\n.*?```python\n(.*?)```\n\n```text\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+)
+
+
+def test_there_are_four_short_examples():
+    assert [title.removeprefix("Your own ") for title, *_ in EXAMPLES] == ["reward", "denoiser", "schedule", "data"]
+    assert max(len([line for line in code.splitlines() if line]) for _, code, _ in EXAMPLES) <= 36
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "printed"), [example[1:] for example in EXAMPLES], ids=[e[0] for e in EXAMPLES])
+def test_an_example_prints_what_the_page_says(root, code, printed):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == printed

@@ -1,0 +1,338 @@
+"""The built site as a reader meets it: every page, without a network, in Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+
+import pages
+from browser import settle
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.browser
+
+
+def toc_pages() -> list[str]:
+    """Addresses of the pages of _toc.yml, relative to the site."""
+    text = (ROOT / "_toc.yml").read_text(encoding="utf-8")
+    toc = yaml.safe_load(text)
+    files = [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    return [f"{file}.html" for file in files]
+
+
+PAGES = toc_pages()
+NOTEBOOK_PAGES = [page for page in PAGES if page.startswith("notebooks/")]
+
+
+class Links(HTMLParser):
+    """Collects what a page refers to, and the ids that can be referred to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.images: list[dict[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids.update(value for name in ("id", "name") if (value := found.get(name)))
+        link = found.get("href") if tag in ("a", "link") else found.get("src")
+        if link and tag in ("a", "link", "img", "script"):
+            self.links.append(link)
+        if tag == "img":
+            self.images.append(found)
+
+
+def parsed(path: Path) -> Links:
+    return Links(path.read_text(encoding="utf-8"))
+
+
+EQUATIONS = """() => {
+  const found = { wide: [], hidden: [] };
+  for (const line of document.querySelectorAll(".bd-article div.math")) {
+    const edges = [...line.querySelectorAll("mjx-c")].map((c) => c.getBoundingClientRect().left);
+    const begins = line.textContent.trim().slice(0, 30);
+    if (line.scrollWidth > line.clientWidth + 2) found.wide.push(begins);
+    if (Math.min(...edges) < line.getBoundingClientRect().left - 2) found.hidden.push(begins);
+  }
+  return found;
+}"""
+
+
+def ready(page, url: str) -> None:
+    """Load a page and wait until its mathematics is set."""
+    page.goto(url, wait_until="load")
+    settle(page)
+
+
+@pytest.mark.parametrize("address", PAGES)
+def test_page_loads_and_sets_its_mathematics(page, site_url, address):
+    # The fixtures assert that nothing was asked of another machine and no error was logged.
+    ready(page, f"{site_url}/{address}")
+    assert page.locator(".bd-article h1").count() == 1
+    written = page.locator(".math").count()
+    assert page.locator("mjx-container").count() >= written
+    assert page.locator("mjx-merror, .MathJax_Error").count() == 0
+    if address in NOTEBOOK_PAGES:
+        assert written > 0
+    # Display equations fit a desktop's line; on a phone they begin where the line begins and scroll.
+    assert page.evaluate(EQUATIONS)["wide"] == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate(EQUATIONS)["hidden"] == []
+
+
+def test_mathjax_is_our_own_copy(page, site_url):
+    ready(page, f"{site_url}/{NOTEBOOK_PAGES[0]}")
+    assert page.evaluate("MathJax.version").startswith("3.")
+    fonts = page.evaluate("performance.getEntriesByType('resource').map(e => e.name).filter(n => /woff/.test(n))")
+    assert any("jslib/mathjax/output/chtml/fonts" in name for name in fonts)
+    assert all(name.startswith(site_url) for name in fonts)
+
+
+def test_root_leads_to_the_first_page(page, site_url):
+    page.goto(site_url + "/")
+    page.wait_for_url(f"{site_url}/{PAGES[0]}")
+
+
+def test_search_finds_a_word_and_leads_to_its_page(page, site_url):
+    word = "hypergradient"
+    page.goto(f"{site_url}/{PAGES[0]}")
+    page.keyboard.press("Control+k")
+    page.wait_for_function("document.activeElement.tagName === 'INPUT'")
+    page.keyboard.type(word)
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("search.html"))
+    page.wait_for_function("document.querySelectorAll('#search-results li a').length > 0", timeout=20_000)
+    page.wait_for_function("/found|matching/i.test(document.querySelector('#search-results').innerText)")
+    page.locator("#search-results li a").first.click()
+    page.wait_for_url(re.compile("/(notebooks|book)/"))
+    assert word in page.locator(".bd-article").inner_text().lower()
+
+
+def test_dark_mode_toggles_and_is_kept(page, site_url):
+    page.goto(f"{site_url}/{PAGES[0]}")
+    background = "getComputedStyle(document.body).backgroundColor"
+    button = page.locator("button.theme-switch-button:visible").first
+    seen = {}
+    for _ in range(3):
+        button.click()
+        seen[page.evaluate("document.documentElement.dataset.mode")] = page.evaluate(background)
+    assert set(seen) == {"light", "dark", "auto"}
+    assert seen["light"] != seen["dark"]
+    while page.evaluate("document.documentElement.dataset.mode") != "dark":
+        button.click()
+    page.goto(f"{site_url}/{PAGES[1]}")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, as the WCAG defines it, of "rgb(...)"."""
+    parts = [float(value) / 255 for value in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+# Colour of each piece of text in the article and the menu, and of the nearest opaque ground behind it.
+COLOURS = """() => {
+  const seen = new Map();
+  const solid = (colour) => !/^rgba\\(.*, 0(\\.\\d+)?\\)$|^transparent$/.test(colour);
+  for (const node of document.querySelectorAll(".bd-article *, .bd-sidebar-primary *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    const style = getComputedStyle(node);
+    if (!own || !node.getClientRects().length || style.visibility === "hidden" || Number(style.opacity) === 0) continue;
+    if (node.closest("svg, mjx-assistive-mml, .visually-hidden, .sd-card-img")) continue;
+    let ground = node;
+    while (ground && !solid(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
+    const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
+    const behind = ground ? getComputedStyle(ground).backgroundColor : "rgb(255, 255, 255)";
+    const key = [style.color, behind, large].join("|");
+    if (!seen.has(key)) seen.set(key, `${node.tagName}.${node.className} ${node.textContent.trim().slice(0, 30)}`);
+  }
+  return [...seen];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(new_page, site_url, scheme):
+    page = new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    faint = set()
+    for address in (PAGES[0], "book/notation.html", "book/status.html", *NOTEBOOK_PAGES[2:5:2]):
+        page.goto(f"{site_url}/{address}", wait_until="load")
+        page.add_style_tag(content="* { transition: none !important }")
+        for key, what in page.evaluate(COLOURS):
+            colour, ground, large = key.split("|")
+            low, high = sorted((luminance(colour), luminance(ground)))
+            if (high + 0.05) / (low + 0.05) < (3 if large == "true" else 4.5):
+                faint.add(f"{(high + 0.05) / (low + 0.05):.2f} {colour} on {ground}: {address} {what}")
+    assert not faint, "\n".join(sorted(faint))
+
+
+@pytest.mark.parametrize("address", PAGES)
+def test_phone_has_no_sideways_scrolling(new_page, site_url, address):
+    page = new_page(viewport={"width": 375, "height": 812}, device_scale_factor=2, is_mobile=True, has_touch=True)
+    ready(page, f"{site_url}/{address}")
+    wide = page.evaluate(
+        """() => {
+            const width = document.documentElement.clientWidth;
+            if (document.documentElement.scrollWidth <= width) return [];
+            return [...document.querySelectorAll('.bd-article *')]
+                .filter(e => e.getBoundingClientRect().right > width + 1)
+                .map(e => e.tagName + '.' + e.className).slice(0, 5);
+        }"""
+    )
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0, wide
+
+
+def test_keyboard_reaches_the_content_and_the_search(page, site_url):
+    page.goto(f"{site_url}/{PAGES[0]}")
+    page.keyboard.press("Tab")
+    assert "skip" in page.evaluate("document.activeElement.textContent").lower()
+    page.keyboard.press("Control+k")
+    page.wait_for_function("document.activeElement.tagName === 'INPUT'")
+
+
+def test_keyboard_reaches_everything_and_shows_where_it_is(page, site_url):
+    """Tab, from the top of a chapter with sliders: search, menu, content, sliders, each with a visible focus."""
+    address = next(page for page in NOTEBOOK_PAGES if "03" in page)
+    page.goto(f"{site_url}/{address}")
+    focus = """() => {
+        const node = document.activeElement, style = getComputedStyle(node);
+        const place = node.closest(".bd-sidebar-primary") ? "menu" : node.closest(".bd-header-article") ? "header"
+            : node.closest(".blx") ? "explorer" : node.closest(".bd-article") ? "content" : "other";
+        const box = node.getBoundingClientRect();
+        const ring = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) > 0;
+        const shadow = style.boxShadow !== "none";
+        return [place, node.tagName, node.className, ring || shadow, box.width > 0 && box.height > 0];
+    }"""
+    reached, dim = set(), []
+    for _ in range(400):
+        page.keyboard.press("Tab")
+        place, tag, name, visible, there = page.evaluate(focus)
+        reached.add((place, tag))
+        if there and not visible:
+            dim.append(f"{place} {tag}.{name}")
+        if ("explorer", "INPUT") in reached:
+            break
+    wanted = {("menu", "A"), ("menu", "BUTTON"), ("header", "BUTTON"), ("content", "A"), ("explorer", "INPUT")}
+    assert wanted <= reached, reached
+    assert not dim, dim
+
+
+def test_the_skip_link_leads_to_the_content(page, site_url):
+    page.goto(f"{site_url}/{NOTEBOOK_PAGES[0]}")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.bd-main') !== null")
+
+
+@pytest.mark.parametrize("address", NOTEBOOK_PAGES[:1])
+def test_the_download_is_the_clean_notebook(page, site_url, address):
+    page.goto(f"{site_url}/{address}")
+    page.locator(".dropdown-download-buttons > button").click()
+    with page.expect_download() as caught:
+        page.locator(".dropdown-download-buttons a.btn-download-source-button").click()
+    nb = nbformat.read(caught.value.path(), as_version=4)
+    assert caught.value.suggested_filename == Path(address).with_suffix(".ipynb").name
+    source = nbformat.read(ROOT / Path(address).with_suffix(".ipynb"), as_version=4)
+    assert [cell.cell_type for cell in nb.cells] == [cell.cell_type for cell in source.cells]
+    assert not any(cell.get("outputs") for cell in nb.cells)
+    assert not any("injected-parameters" in cell.metadata.get("tags", ()) for cell in nb.cells)
+
+
+def test_every_download_is_clean(site):
+    for address in NOTEBOOK_PAGES:
+        nb = nbformat.read(site / "_sources" / Path(address).with_suffix(".ipynb"), as_version=4)
+        assert not any(cell.get("outputs") for cell in nb.cells), address
+
+
+def test_pages_are_light(site):
+    heavy = {address: pages.weight(site / address) for address in PAGES}
+    assert max(heavy.values()) < 1_500_000, heavy
+
+
+def test_the_map_names_every_chapter_with_its_time(page, site_url, site):
+    page.goto(f"{site_url}/{PAGES[0]}")
+    cards = page.locator(".chapter-map .sd-card")
+    assert cards.count() == len(NOTEBOOK_PAGES)
+    for card, address in zip(cards.all(), NOTEBOOK_PAGES, strict=True):
+        assert card.locator("a").first.get_attribute("href").endswith(Path(address).name)
+        assert re.search(r"CPU \d+(\.\d)? (s|min|h) \(smoke\) · GPU", card.inner_text())
+    for number in (0, len(NOTEBOOK_PAGES) - 1):
+        cards.nth(number).locator("a").first.click()
+        page.wait_for_url(f"{site_url}/{NOTEBOOK_PAGES[number]}")
+        page.go_back()
+
+
+def test_the_status_page_is_filled_in(page, site_url, site):
+    page.goto(f"{site_url}/book/status.html")
+    text = page.locator(".bd-article").inner_text()
+    status = json.loads((site.parents[2] / "status.json").read_text())
+    assert "SIZE-OF" not in text and "<!--" not in page.content().split('class="bd-article"')[1][:3000]
+    assert status["versions"]["torch"] in text and status["hardware"]["cpu"] in text
+    for name, size in status["page_bytes"].items():
+        row = page.locator("#the-notebooks tr", has=page.locator(f'a[href$="{name}.html"]')).inner_text()
+        assert f"{size / 1000:.0f}" in row and f"{status['peak_gib'][name]:.2f}" in row
+    for result in (ROOT / "book" / "results").glob("*.json"):
+        assert result.stem in text.replace("\u200b", ""), result.stem
+
+
+def test_internal_links_lead_somewhere(site):
+    broken = []
+    pages = {path: parsed(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    for path, found in pages.items():
+        for link in found.links:
+            where = urlsplit(link)
+            if where.scheme or where.netloc or not (where.path or where.fragment):
+                continue
+            target = (path.parent / unquote(where.path)).resolve() if where.path else path
+            if not target.exists():
+                broken.append(f"{path.relative_to(site)}: {link}")
+            elif where.fragment and target in pages and unquote(where.fragment) not in pages[target].ids:
+                broken.append(f"{path.relative_to(site)}: no place {link}")
+    assert not broken, broken
+
+
+def test_every_image_has_a_text_alternative(site):
+    bad = [
+        f"{page}: {image.get('src')}"
+        for page in PAGES
+        for image in parsed(site / page).images
+        if not (image.get("alt") or "").strip() and "logo" not in (image.get("class") or "")
+    ]
+    assert not bad, bad
+
+
+def test_no_dead_controls(site):
+    """No widget without a kernel, no launch button or badge without an address."""
+    address = yaml.safe_load((site.parents[2] / "src" / "_config.yml").read_text())["repository"]["url"]
+    for page in PAGES:
+        text = (site / page).read_text(encoding="utf-8")
+        assert "application/vnd.jupyter.widget" not in text, page
+        assert "interactive(children=" not in text, page
+        body = re.sub(r"<script\b.*?</script>", "", text, flags=re.DOTALL)
+        assert "thebe-launch" not in body, page
+        colab = body.count("colab.research.google.com/github")
+        if not address:
+            assert colab == 0, page
+        elif page in NOTEBOOK_PAGES:
+            assert colab >= 2, page
+        else:
+            assert colab == (len(NOTEBOOK_PAGES) if page == PAGES[0] else 0), page
+
+
+def test_pages_tell_nothing_about_the_machine(site):
+    home = str(Path.home())
+    for page in PAGES:
+        text = (site / page).read_text(encoding="utf-8")
+        assert str(ROOT) not in text, page
+        if len(home) > 5:
+            assert home not in text, page

@@ -1,0 +1,302 @@
+import itertools
+
+import diffusers
+import pytest
+import torch
+
+from bilevel_core import oracles, samplers, schedules
+from bilevel_core.lab.models import adapters
+
+T = 100
+COSINE = torch.tensor([0.0, 0.95, 1.0, 0.008], dtype=torch.float64)
+
+
+def denoiser(x, t):
+    """Any smooth function of x and t: agreement must not depend on a good denoiser."""
+    return torch.tanh(x + 0.01 * t) * 0.7
+
+
+def diffusers_loop(scheduler, x, steps, noise, **step_options):
+    """diffusers' own sampling loop; our t is its time step plus one. Noise is passed in by patching its generator."""
+    scheduler.set_timesteps(steps)
+    source = iter(noise)
+    for index in scheduler.timesteps:
+        eps_hat = denoiser(x, int(index) + 1)
+        if step_options.get("eta"):
+            x = scheduler.step(eps_hat, index, x, variance_noise=next(source), **step_options).prev_sample
+        else:
+            x = scheduler.step(eps_hat, index, x, **step_options).prev_sample
+    return x
+
+
+def double_tables(scheduler, abar):
+    """Replaces the float32 tables of a diffusers scheduler by float64 ones, to compare beyond float32."""
+    scheduler.alphas_cumprod = abar[1:].clone()
+    scheduler.alphas = abar[1:] / abar[:-1]
+    scheduler.betas = 1 - scheduler.alphas
+    scheduler.one = torch.ones((), dtype=abar.dtype)
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = torch.ones((), dtype=abar.dtype)
+    return scheduler
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("steps, spacing", [(T, "trailing"), (20, "trailing"), (10, "leading"), (1, "trailing")])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_ddim_agrees_with_diffusers(dtype, tolerance, steps, spacing, eta):
+    g = torch.Generator().manual_seed(1)
+    abar = schedules.abar(COSINE, T)
+    x, noise = torch.randn(5, 3, generator=g).to(dtype), torch.randn(steps, 5, 3, generator=g).to(dtype)
+    scheduler = double_tables(adapters.to_diffusers(abar, timestep_spacing=spacing), abar.to(dtype))
+    theirs = diffusers_loop(scheduler, x, steps, noise, eta=eta)
+    ours = samplers.sample_ddim(denoiser, x, abar, samplers.timesteps(T, steps, spacing), eta=eta, noise=noise)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("steps, spacing", [(T, "trailing"), (20, "trailing"), (10, "leading")])
+@pytest.mark.parametrize("variance, theirs", [("posterior", "fixed_small"), ("beta", "fixed_large")])
+def test_ancestral_agrees_with_diffusers(monkeypatch, dtype, tolerance, steps, spacing, variance, theirs):
+    g = torch.Generator().manual_seed(2)
+    abar = schedules.abar(COSINE, T)
+    x, noise = torch.randn(5, 3, generator=g).to(dtype), torch.randn(steps, 5, 3, generator=g).to(dtype)
+    options = {"variance_type": theirs, "timestep_spacing": spacing}
+    scheduler = double_tables(adapters.to_diffusers(abar, diffusers.DDPMScheduler, **options), abar.to(dtype))
+    noise[-1] = 0  # diffusers' "fixed_large" adds noise in the last step too, unless its time step is 0; we never do
+    source = iter(noise)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(source))
+    expected = diffusers_loop(scheduler, x, steps, ())
+    ours = samplers.sample_ancestral(
+        denoiser, x, abar, samplers.timesteps(T, steps, spacing), variance=variance, noise=noise
+    )
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("steps", [1, 7, 20, 100])
+def test_grid_agrees_with_diffusers(spacing, steps):
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    if not (spacing == "linspace" and steps == 1):  # there diffusers starts at its time step 0, which cannot sample
+        assert samplers.timesteps(T, steps, spacing) == [int(i) + 1 for i in scheduler.timesteps]
+
+
+def test_linspace_has_both_ends():
+    """One step starts at T, where diffusers starts at its time step 0 and cannot sample."""
+    assert samplers.timesteps(T, 1, "linspace") == [T]
+    assert samplers.timesteps(T, 2, "linspace") == [T, 1]
+    assert samplers.timesteps(T, 4, "linspace") == [100, 67, 34, 1]
+
+
+def test_eta_one_is_ancestral():
+    g = torch.Generator().manual_seed(3)
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 25)
+    x, noise = torch.randn(4, 2, generator=g).double(), torch.randn(25, 4, 2, generator=g).double()
+    ddim = samplers.sample_ddim(denoiser, x, abar, ts, eta=1.0, noise=noise)
+    torch.testing.assert_close(ddim, samplers.sample_ancestral(denoiser, x, abar, ts, noise=noise), rtol=0, atol=1e-12)
+
+
+def test_differentiable_in_q():
+    """The gradient of the samples in the four schedule parameters, through x_t, against finite differences."""
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    noise = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ts = samplers.timesteps(30, 6)
+    q = torch.tensor([0.05, 0.9, 1.1, 0.02], dtype=torch.float64, requires_grad=True)
+    for sampler, options in [
+        (samplers.sample_ddim, {"eta": 0.0}),
+        (samplers.sample_ddim, {"eta": 0.7}),
+        (samplers.sample_ancestral, {"variance": "beta"}),
+    ]:
+        run = lambda q, f=sampler, o=options: f(denoiser, x, schedules.abar(q, 30), ts, noise=noise, **o)  # noqa: E731
+        assert torch.autograd.gradcheck(run, q, atol=1e-6)
+
+
+GAUSSIAN = oracles.Gaussian(
+    torch.tensor([1.0, -0.5], dtype=torch.float64), torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_samples_have_the_law_of_the_discrete_chain(eta, steps):
+    n, abar, ts = 40_000, schedules.abar(COSINE, T), samplers.timesteps(T, steps)
+    g = torch.Generator().manual_seed(6)
+    law = GAUSSIAN.chain_law(abar, ts, eta)
+    x_T = torch.randn(n, 2, generator=g, dtype=torch.float64)
+    x = samplers.sample_ddim(GAUSSIAN.denoiser(abar), x_T, abar, ts, eta=eta, generator=g)
+    error = (law.cov.diagonal() / n).sqrt()
+    assert ((x.mean(0) - law.mean).abs() < 4 * error).all()
+    var = law.cov.diagonal()
+    assert ((x.T.cov() - law.cov).abs() < 4 * (2 / n) ** 0.5 * var.max()).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_chain_tends_to_the_data_law_as_one_over_steps(eta):
+    """Doubling the steps halves the error of the covariance: the discrete chain converges at first order."""
+    errors = []
+    for steps in (100, 200, 400, 800):
+        abar = schedules.abar(torch.tensor([0.0, 0.995, 1.0, 0.008], dtype=torch.float64), 800)
+        start = oracles.Gaussian(
+            abar[-1].sqrt() * GAUSSIAN.mean, abar[-1] * GAUSSIAN.cov + (1 - abar[-1]) * torch.eye(2)
+        )
+        law = GAUSSIAN.chain_law(abar, samplers.timesteps(800, steps), eta, start)
+        torch.testing.assert_close(law.mean, GAUSSIAN.mean, rtol=0, atol=1e-10)
+        errors.append((law.cov - GAUSSIAN.cov).norm().item())
+    rates = [a / b for a, b in itertools.pairwise(errors)]
+    assert errors[0] > errors[-1] and all(1.6 < rate < 2.5 for rate in rates), rates
+
+
+def test_mixture_samples_follow_the_mixture():
+    n, mixture, abar = 10_000, oracles.Mixture1D(), schedules.abar(COSINE, 100)
+    g = torch.Generator().manual_seed(7)
+    x_T = samplers.draw_x_T((n,), abar, x0=mixture.sample(n, g), generator=g)
+    x = samplers.sample_ancestral(mixture.denoiser(abar), x_T, abar, samplers.timesteps(100, 100), generator=g)
+    assert abs((x > 0).double().mean().item() - 0.39) < 0.025  # 0.6 Phi(-1.5/0.7) + 0.4 Phi(1.5/0.9) = 0.3906
+    assert abs(x.mean().item() + 0.3) < 0.08
+
+
+def test_trajectory_progress_and_reproducibility():
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 5)
+    x = torch.randn(2, 3)
+    seen = []
+
+    def progress(pairs):
+        for pair in pairs:
+            seen.append(pair)
+            yield pair
+
+    for sampler, options in [(samplers.sample_ddim, {"eta": 1.0}), (samplers.sample_ancestral, {})]:
+        seen.clear()
+        run = [
+            sampler(denoiser, x, abar, ts, generator=torch.Generator().manual_seed(0), trajectory=True, **options)
+            for _ in range(2)
+        ]
+        assert len(run[0]) == 6 and torch.equal(run[0][0], x)
+        assert all(torch.equal(a, b) for a, b in zip(*run, strict=True))
+        last = sampler(denoiser, x, abar, ts, generator=torch.Generator().manual_seed(0), progress=progress, **options)
+        assert torch.equal(last, run[0][-1]) and seen == [(100, 80), (80, 60), (60, 40), (40, 20), (20, 0)]
+
+
+def test_draw_x_T_warns_and_mends_the_start():
+    abar = schedules.abar(torch.tensor([0.0, 1.0, 1.0, 0.0]), 100, "sigmoid")
+    g = torch.Generator().manual_seed(8)
+    with pytest.warns(UserWarning, match=r"wrong start"):
+        samplers.draw_x_T((4, 2), abar, generator=g)
+    data = torch.full((10, 2), 3.0)
+    x_T = samplers.draw_x_T((20_000, 2), abar, x0=data, generator=g)
+    assert (x_T.mean(0) - 3 * abar[-1].sqrt()).abs().max() < 4 * (1 / 20_000) ** 0.5
+
+
+def test_bad_input():
+    abar, x = schedules.abar(COSINE, T), torch.zeros(1, 2)
+    for steps in (0, 101):
+        with pytest.raises(ValueError, match=f"steps = {steps} must lie in 1..T = 100"):
+            samplers.timesteps(T, steps)
+    with pytest.raises(ValueError, match="spacing is 'even'"):
+        samplers.timesteps(T, 5, "even")
+    with pytest.raises(ValueError, match="eta = 1.5"):
+        samplers.sample_ddim(denoiser, x, abar, [100, 50], eta=1.5)
+    with pytest.raises(ValueError, match="variance is 'small'"):
+        samplers.sample_ancestral(denoiser, x, abar, [100], variance="small")
+    for grid in ([], [101, 50], [50, 50], [20, 40], [50, 0]):
+        with pytest.raises(ValueError, match="must descend"):
+            samplers.sample_ddim(denoiser, x, abar, grid)
+
+
+# ---------------------------------------------------------------- coefficients, defaults and draws, by hand
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_coefficients_are_those_of_the_paper(eta):
+    """Song et al., eqs. 12 and 16, written out: x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z."""
+    abar = schedules.abar(COSINE, T)
+    for t, s in ((100, 80), (37, 1), (5, 0)):
+        a, b = abar[t].item(), abar[s].item()
+        sigma = eta * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
+        c_x, c_eps, spread = samplers.ddim_coefficients(abar, t, s, eta)
+        assert c_x.item() == pytest.approx((b / a) ** 0.5, rel=1e-12)
+        expected = (max(1 - b - sigma**2, 0)) ** 0.5 - (b / a) ** 0.5 * (1 - a) ** 0.5
+        assert c_eps.item() == pytest.approx(expected, rel=1e-12)
+        assert spread.item() == pytest.approx(sigma, rel=1e-12, abs=1e-15)
+
+
+def test_what_is_left_out():
+    """eta = 0 without noise, a posterior variance, all steps with a graph, x_0 alone."""
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 4)
+    assert ts == [100, 75, 50, 25] == samplers.timesteps(T, 4, "trailing")
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
+    plain = samplers.sample_ddim(denoiser, x, abar, ts)
+    assert torch.equal(plain, samplers.sample_ddim(denoiser, x, abar, ts, eta=0.0, noise=iter(())))
+    noise = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(2))
+    by_default = samplers.sample_ancestral(denoiser, x, abar, ts, noise=noise)
+    assert torch.equal(by_default, samplers.sample_ancestral(denoiser, x, abar, ts, variance="posterior", noise=noise))
+    assert not torch.equal(by_default, samplers.sample_ancestral(denoiser, x, abar, ts, variance="beta", noise=noise))
+    for sampler, options in ((samplers.sample_ddim, {"eta": 1.0}), (samplers.sample_ancestral, {})):
+        g = torch.Generator().manual_seed(3)  # one tensor a step, none in the last
+        given = sampler(denoiser, x, abar, ts, noise=[torch.randn(3, 2, generator=g) for _ in range(3)], **options)
+        found = sampler(denoiser, x, abar, ts, generator=torch.Generator().manual_seed(3), **options)
+        assert torch.equal(found, given) and isinstance(found, torch.Tensor)
+
+
+def test_graphs_and_checkpoints_of_the_last_steps():
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 4)
+    x, calls = torch.randn(3, 2, dtype=torch.float64), []
+
+    def counted(x, t):
+        calls.append((t, torch.is_grad_enabled()))
+        return weight * denoiser(x, t)
+
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    samplers.sample_ddim(counted, x, abar, ts, grad_steps=1)
+    assert calls == [(100, False), (75, False), (50, False), (25, True)]
+    calls.clear()
+    samplers.sample_ddim(counted, x, abar, ts)
+    assert all(enabled for _, enabled in calls) and len(calls) == 4
+    calls.clear()
+    samplers.sample_ddim(counted, x, abar, ts, checkpoint=True).sum().backward()
+    assert len(calls) == 8, "each call is made once more on the way back"
+    with pytest.raises(ValueError, match="grad_steps = 0 must be at least 1, or None for all"):
+        samplers.sample_ddim(counted, x, abar, ts, grad_steps=0)
+    with pytest.raises(ValueError, match=r"eta = -0.1 must lie in \[0, 1\]"):
+        samplers.sample_ddim(counted, x, abar, ts, eta=-0.1)
+    one = samplers.sample_ddim(denoiser, x, abar, [T, 1])  # the ends of 1..T are allowed
+    assert torch.isfinite(one).all()
+
+
+@pytest.mark.filterwarnings("ignore:abar_T")
+def test_the_device_and_the_type_are_those_of_x():
+    abar, ts = schedules.abar(COSINE, T), samplers.timesteps(T, 3)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(2, 3, device="meta", dtype=dtype)
+        for sampler, options in ((samplers.sample_ddim, {"eta": 0.5}), (samplers.sample_ancestral, {})):
+            found = sampler(denoiser, x, abar, ts, **options)
+            assert (found.device.type, found.dtype) == ("meta", dtype)
+    x_T = samplers.draw_x_T((2, 3), abar, device="meta", dtype=torch.float64)
+    assert (x_T.device.type, x_T.dtype) == ("meta", torch.float64)
+    x_T = samplers.draw_x_T((2, 3), abar, x0=torch.zeros(5, 3, device="meta", dtype=torch.float64))
+    assert (x_T.device.type, x_T.dtype) == ("meta", torch.float64)
+
+
+def test_draw_x_T_by_hand():
+    """Rows first, then noise, both from the generator; the last signal level and no other."""
+    data = torch.arange(20, dtype=torch.float64).reshape(10, 2)
+    abar = torch.tensor([1.0, 0.7, 0.36], dtype=torch.float64)
+    g = torch.Generator().manual_seed(4)
+    rows, eps = torch.randint(10, (6,), generator=g), torch.randn(6, 2, generator=g, dtype=torch.float64)
+    found = samplers.draw_x_T((6, 2), abar, x0=data, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found, 0.6 * data[rows] + 0.8 * eps, rtol=0, atol=1e-14)
+    dark, g = torch.tensor([1.0, 0.5, 1e-6]), torch.Generator().manual_seed(5)
+    found = samplers.draw_x_T((6, 2), dark, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(found, torch.randn(6, 2, generator=g, dtype=torch.float64))
+
+
+def test_one_ancestral_step_by_hand():
+    abar = schedules.abar(COSINE, T)
+    a, b, x = abar[60].item(), abar[40].item(), torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+    z, beta = torch.tensor([[0.5, 2.0]], dtype=torch.float64), 1 - a / b
+    mean = (x - beta / (1 - a) ** 0.5 * denoiser(x, 60)) * (b / a) ** 0.5
+    for variance, sigma in (("posterior", (beta * (1 - b) / (1 - a)) ** 0.5), ("beta", beta**0.5)):
+        path = samplers.sample_ancestral(denoiser, x, abar, [60, 40], variance=variance, noise=[z], trajectory=True)
+        assert len(path) == 3 and torch.equal(path[0], x)
+        torch.testing.assert_close(path[1], mean + sigma * z, rtol=1e-12, atol=0)
