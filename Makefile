@@ -48,6 +48,7 @@ test: fast
 fast: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not browser"
 

@@ -34,6 +34,7 @@ from ..files import kept, piece
 from ..models import captions, chains, clip, networks, rewards
 from ..models.chains import Chain, bank
 from . import baselines
+from .setting import same_protocol
 
 VALIDATION = ("a bold three", "a medium three", "a thin zero leaning left", "a bold six")
 TEST = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nine")
@@ -521,8 +522,4 @@ def protocol(chain: Chain) -> dict[str, object]:
 
 def check_protocol(found: Mapping[str, object], chain: Chain) -> None:
     """Raises ValueError, naming what differs, if a result was made by another protocol than `protocol`."""
-    changed = [key for key, value in protocol(chain).items() if found.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"the result was made by another protocol ({', '.join(changed)}): run the recorded profile again"
-        )
+    same_protocol(found, protocol(chain), "run the recorded profile again")

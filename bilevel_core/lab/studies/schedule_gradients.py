@@ -23,21 +23,20 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ... import distances, estimators, schedules
+from ... import estimators, schedules
 from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
-from .. import data, files, metrics
-from ..models import networks
+from .. import files, metrics
 from ..models.fast import fast
-from . import setting
+from .setting import IMAGES, Setting, train_denoiser
 
 POINTS = {"near": (0.05, 0.95, 1.0, 0.008), "far": (0.2, 0.85, 1.0, 0.008)}  # q: near the default, and a worse one
 WIDTHS = (0.05, 0.03, 0.25)  # half distances of the truth's differences, in z: start, end, tau
@@ -48,7 +47,7 @@ ABLATIONS = ({"grad_steps": 1}, {"directions": 1}, {"inner": 120})
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Setting):
     """Sizes of the study, and where its pieces lie; everything but `folder` and `device` is part of a piece's identity.
 
     name         one of `setting.IMAGES`;  T, sample_steps: of the schedule, of DDIM
@@ -74,8 +73,8 @@ class Study:
     memory: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        if self.name not in setting.IMAGES:
-            raise ValueError(f"name = {self.name!r} is not one of {', '.join(setting.IMAGES)}")
+        if self.name not in IMAGES:
+            raise ValueError(f"name = {self.name!r} is not one of {', '.join(IMAGES)}")
 
     def about(self, *names: str, **more: object) -> dict:
         """What identifies a piece: the named sizes, those that every piece shares, and `more`."""
@@ -85,32 +84,6 @@ class Study:
         if "point" in more:
             more |= {"q": list(POINTS[more["point"]]), "widths": list(WIDTHS)}
         return shared | more
-
-    @cached_property
-    def x0(self) -> Tensor:
-        dataset, side, *_ = setting.IMAGES[self.name]
-        return data.load(dataset, "train", side)[0].to(self.device)
-
-    @cached_property
-    def classifier(self) -> nn.Module:
-        return networks.load_classifier(setting.IMAGES[self.name][3]).to(self.device)
-
-    @cached_property
-    def real(self) -> Tensor:
-        """Features (n, d) of the validation split."""
-        dataset, side, _, classifier = setting.IMAGES[self.name]
-        if dataset == "mnist":
-            return networks.reference_features(classifier, "val").to(self.device)
-        with torch.no_grad():
-            return self.classifier.features(data.load(dataset, "val", side)[0].to(self.device)).double()
-
-    @cached_property
-    def reference(self) -> tuple[Tensor, Tensor]:
-        return distances.moments(self.real)
-
-    def quality(self, images: Tensor) -> Tensor:
-        """Frechet distance (), float64, of images as the sampler leaves them to the validation split."""
-        return distances.frechet(distances.moments(self.classifier.features(images.clamp(-1, 1))), self.reference)
 
     def abar(self, z: Tensor) -> Tensor:
         return schedules.abar(schedules.expand(z), self.T)
@@ -131,9 +104,9 @@ class Study:
         """The denoiser of a whole training at z, frozen, and what it cost; kept in `folder`."""
         where = "_".join(f"{value:.4g}" for value in z.tolist())
         if (where, seed) not in self.memory:
-            size, path = setting.IMAGES[self.name][2], self.folder / f"train_{where}_{seed}.safetensors"
+            path = self.folder / f"train_{where}_{seed}.safetensors"
             options = {"steps": self.train_steps, "batch_size": self.batch_size, "seed": seed, "path": path}
-            state = setting.train_denoiser(self.x0, self.abar(z), size, **options)
+            state = train_denoiser(self.x0, self.abar(z), self.size, **options)
             self.memory[where, seed] = state.ema.module.eval().requires_grad_(False), state.cost
         return self.memory[where, seed]
 

@@ -28,23 +28,22 @@ import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ... import distances, estimators, schedules
+from ... import estimators, schedules
 from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
-from .. import data, files
+from .. import files
 from ..files import piece
 from ..models import networks
-from ..models.fast import fast
-from .setting import IMAGES, generate, measure, real_features, recipe, train_denoiser
+from .setting import Setting, generate, recipe, same_protocol, train_denoiser, training_end
 
 # What the released Bayesian search looks at: start, end, tau, epsilon of the cosine schedule.
 RANGES = ((0.0, 0.4), (0.8, 1.0), (1.0, 4.0), (0.005, 0.04))
@@ -220,7 +219,7 @@ ABLATION = (*(name for name in VARIANTS if name != "Algorithm 6"), "no bilevel t
 
 
 @dataclass
-class Race:
+class Race(Setting):
     """The experiment at one size. Every result is a piece in `folder`: a killed race goes on where it was.
 
     device  of training and sampling;  bar: progress bars;  force: allows too few samples for a distance, for tests
@@ -232,25 +231,9 @@ class Race:
     bar: bool = False
     force: bool = False
 
-    @cached_property
-    def x0(self) -> Tensor:
-        """The training images."""
-        dataset, side, _, _ = IMAGES[self.plan.name]
-        return data.load(dataset, "train", side)[0].to(self.device)
-
-    @cached_property
-    def classifier(self) -> nn.Module:
-        """Whose features measure distances."""
-        return networks.load_classifier(IMAGES[self.plan.name][3]).to(self.device)
-
-    @cached_property
-    def real(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the validation split's features."""
-        return distances.moments(real_features(self.plan.name, "val").to(self.device))
-
-    def quality(self, images: Tensor) -> Tensor:
-        """Frechet distance () of samples (n, 1, side, side) to the validation split; differentiable."""
-        return distances.frechet(distances.moments(self.classifier.features(images.clamp(-1, 1))), self.real)
+    @property
+    def name(self) -> str:
+        return self.plan.name
 
     def abar(self, kind: str, q: Sequence[float] | Tensor) -> Tensor:
         """(T+1,) of a schedule, on the device."""
@@ -260,15 +243,16 @@ class Race:
 
     def config(self, **others: object) -> dict:
         """What a piece must share with this code."""
-        name = IMAGES[self.plan.name][3]
-        weights = networks.classifier_card(name)["sha256"][f"classifier_{name}.safetensors"]
-        return dataclasses.asdict(self.plan) | {"grids": list(self.plan.grids), "classifier": weights} | others
+        shared = {"grids": list(self.plan.grids), "classifier": self.classifier_hash}
+        return dataclasses.asdict(self.plan) | shared | others
 
     def warm(self, seed: int) -> nn.Module:
         """A denoiser trained for `warm_steps` at the default cosine schedule: where all searches start."""
-        size, abar = IMAGES[self.plan.name][2], self.abar(*FIXED["cosine"])
+        abar = self.abar(*FIXED["cosine"])
         options = {"steps": self.plan.warm_steps, "batch_size": self.plan.batch_size, "seed": seed}
-        return train_denoiser(self.x0, abar, size, **options, path=self.folder / f"warm_{seed}.safetensors").ema.module
+        return train_denoiser(
+            self.x0, abar, self.size, **options, path=self.folder / f"warm_{seed}.safetensors"
+        ).ema.module
 
     def trial(self, warm: nn.Module, q: Tensor, seed: int, kind: str = "cosine") -> float:
         """Frechet distance to the validation split after a short fine-tune of (a copy of) the warm weights at q."""
@@ -285,7 +269,7 @@ class Race:
         ts = timesteps(plan.T, plan.val_steps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # starts at N(0, I), whatever abar_T
-            images = generate(network, abar, ts, plan.n_val, self.x0.shape[-1], eta=0.0, seed=seed, device=self.device)
+            images = generate(network, abar, ts, plan.n_val, self.side, eta=0.0, seed=seed, device=self.device)
         return self.quality(images).item()
 
     def search(self, method: str, seed: int) -> dict:
@@ -398,14 +382,14 @@ class Race:
         total  trained longer where the method spent nothing on a search
         own    trained on from Algorithm 6's own weights instead of from scratch
         """
-        chosen, size, start = self.choose(method, seed), IMAGES[self.plan.name][2], None
+        chosen, start = self.choose(method, seed), None
         if own:
             start, _ = files.load_state(self.folder / f"{_slug('learned', method, seed + SEARCH_SEEDS)}.safetensors")
         steps = self.plan.longer if total and method in FIXED else self.plan.final_steps
         name, abar = _slug(method, seed, "own" * own, "total" * total), self.abar(chosen["kind"], chosen["q"])
         options = {"steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "start": start}
         path, bar = self.folder / f"final_{name}.safetensors", f"{name}: training" if self.bar else None
-        return train_denoiser(self.x0, abar, size, **options, path=path, bar=bar), abar
+        return train_denoiser(self.x0, abar, self.size, **options, path=path, bar=bar), abar
 
     def final(self, method: str, seed: int, *, total: bool = False, own: bool = False, test: bool = True) -> list[dict]:
         """A denoiser of `trained`, marked: a row for each split and grid.
@@ -417,20 +401,14 @@ class Race:
 
         def compute() -> dict:
             state, abar = self.trained(method, seed, total=total, own=own)
-            network = state.ema.eval()
-            sampler = fast(network, self.x0[:1]) if torch.device(self.device).type == "cpu" else network
-            options, rows = {"n": plan.n, "seed": seed, "device": self.device, "force": self.force}, []
-            options["subsets"] = 20  # of KID: a fifth of the usual time
+            sampler, rows = self.sampler(state.ema.eval()), []
+            options = {"n": plan.n, "seed": seed, "force": self.force}
             tested = () if not test else plan.grids if not total and not own else plan.grids[::2]
             for split, grids in (("val", (plan.val_steps,)), ("test", tested)):
                 for grid in grids:
-                    reference = real_features(plan.name, split)
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # starts at N(0, I), whatever abar_T
-                        side = self.x0.shape[-1]
-                        found = measure(sampler, abar, grid, side, self.classifier, reference, **options)
+                    found = self.mark(sampler, abar, grid, split, **options)
                     rows.append({"split": split, "steps": grid} | found)
-            return {"rows": rows, "train_cost": state.cost, "loss": sum(state.losses[-100:]) / len(state.losses[-100:])}
+            return {"rows": rows} | training_end(state)
 
         config = self.config(method=method, seed=seed, test=test, own=own, train_steps=steps, q=chosen["q"])
         name = _slug("final", method, seed, "own" * own, "total" * total)
@@ -449,18 +427,16 @@ class Race:
             state, abar = self.trained(method, seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                images = generate(
-                    state.ema.eval(), abar, ts, count, self.x0.shape[-1], eta=0.0, seed=seed, device=self.device
-                )
+                images = generate(state.ema.eval(), abar, ts, count, self.side, eta=0.0, seed=seed, device=self.device)
             tensors[f"images|{method}"] = ((images + 1) * 127.5).round().byte()
             if method == "Algorithm 6":
                 tensors |= {f"network|{name}": value for name, value in state.ema.module.state_dict().items()}
                 tensors["abar"] = abar
-        files.save_state(path, tensors, {"size": IMAGES[self.plan.name][2], "seed": seed, "steps": self.plan.val_steps})
+        files.save_state(path, tensors, {"size": self.size, "seed": seed, "steps": self.plan.val_steps})
 
     def protocol(self) -> dict[str, object]:
         """What a recorded result must share with this code, and its plan; JSON-able."""
-        return _about() | {"plan": dataclasses.asdict(self.plan), "pieces": "resumable; wall_s is the sum of theirs"}
+        return about() | {"plan": dataclasses.asdict(self.plan), "pieces": "resumable; wall_s is the sum of theirs"}
 
     def run(self, seeds: Sequence[int], ablation_seeds: Sequence[int] = ()) -> dict[str, list[dict]]:
         """The whole experiment: "searches", "rows" of both budgets, and "ablation", marked on the validation split.
@@ -485,7 +461,7 @@ class Race:
         return tqdm(jobs, "schedule race", disable=not self.bar)
 
 
-def _about() -> dict[str, object]:
+def about() -> dict[str, object]:
     """Everything but the sizes."""
     return {
         "ranges": [list(range_) for range_ in RANGES],
@@ -500,9 +476,7 @@ def _about() -> dict[str, object]:
 
 def check_protocol(found: Mapping[str, object]) -> None:
     """Raises ValueError, naming what differs, if a result was made by another protocol than this module's."""
-    changed = [key for key, value in _about().items() if found.get(key) != value]
-    if changed:
-        raise ValueError(f"the result was made by another protocol ({', '.join(changed)}): run the recorded profile")
+    same_protocol(found, about(), "run the recorded profile")
 
 
 def restore(path: Path) -> tuple[dict[str, Tensor], networks.Denoiser, Tensor, dict]:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,10 +41,9 @@ from ...algorithms import ScoreTraining
 from ...samplers import timesteps
 from .. import places, results
 from ..files import piece
-from ..models.fast import fast
 from . import schedule_race
 from .schedule_race import FIXED, SEARCH_SEEDS, Race
-from .setting import IMAGES, measure, real_features, train_denoiser
+from .setting import IMAGES, same_protocol, train_denoiser, training_end
 
 EARLY = "cosine, end 0.95"  # the competitor that costs nothing
 UNTUNED = (EARLY, "cosine", "linear")
@@ -371,7 +369,7 @@ class Study:
         state = train_denoiser(
             race.x0,
             abar,
-            IMAGES[name][2],
+            race.size,
             steps=steps,
             batch_size=self.plan.batch_size,
             seed=seed,
@@ -382,7 +380,7 @@ class Study:
 
     @cached_property
     def classifier_hash(self) -> str:
-        return self.race(self.plan.source).config()["classifier"]
+        return self.race(self.plan.source).classifier_hash
 
     def config(self, **others: object) -> dict:
         """What a piece must share with this code."""
@@ -431,18 +429,14 @@ class Study:
 
         def compute() -> dict:
             state, abar = self.trained(name, method, seed)
-            network = state.ema.eval()
-            sampler = fast(network, race.x0[:1]) if torch.device(self.device).type == "cpu" else network
+            sampler = race.sampler(state.ema.eval())
             wanted = {rule: times_of(torch.tensor(at, dtype=torch.float64), abar.cpu()) for rule, at in rules.items()}
             wanted = wanted or {grid: timesteps(plan.T, grid) for grid in grids}
-            reference, rows = real_features(name, "test"), []
-            options = {"n": plan.n, "seed": seed, "device": self.device, "force": self.force, "subsets": 20}
+            options, rows = {"n": plan.n, "seed": seed, "force": self.force}, []
             for rule, ts in wanted.items():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # starts at N(0, I), whatever the level
-                    found = measure(sampler, abar, ts, race.x0.shape[-1], race.classifier, reference, **options)
+                found = race.mark(sampler, abar, ts, "test", **options)
                 rows.append({"rule": rule if rules else "uniform", "steps": len(ts), "ts": ts} | found)
-            return {"rows": rows, "train_cost": state.cost, "loss": sum(state.losses[-100:]) / len(state.losses[-100:])}
+            return {"rows": rows} | training_end(state)
 
         config = self.config(data=name, method=method, seed=seed, what=what, q=chosen["q"], rules=rules)
         path = self.folder / f"{schedule_race._slug('marks', what, name, method, seed)}.json"
@@ -453,7 +447,7 @@ class Study:
 
     def protocol(self) -> dict[str, object]:
         """What a recorded result must share with this code, and its plan; JSON-able."""
-        return _about() | {"plan": dataclasses.asdict(self.plan), "pieces": "resumable; wall_s is the sum of theirs"}
+        return about() | {"plan": dataclasses.asdict(self.plan), "pieces": "resumable; wall_s is the sum of theirs"}
 
     def run(self, seeds: Sequence[int], parts: Sequence[str] = PARTS) -> dict[str, object]:
         """The experiment, or some of PARTS: "parts", "rows", "searches", "times", "gaussians" (of both training sets).
@@ -509,24 +503,21 @@ def record(study: Study, seeds: Sequence[int], parts: Sequence[str] = PARTS, tie
     return results.write_result("09_schedules", tier, found, parameters, **options)
 
 
-def _about() -> dict[str, object]:
+def about() -> dict[str, object]:
     """Everything but the sizes."""
     return {
         "parts": list(PARTS),
         "untuned": {name: [FIXED[name][0], list(FIXED[name][1])] for name in UNTUNED},
         "rules": list(RULES),
         "times": dict(TIMES),
-        "Algorithm 6": schedule_race._about()["Algorithm 6"],
-        "clipped at": schedule_race._about()["clipped at"],
+        **{key: schedule_race.about()[key] for key in ("Algorithm 6", "clipped at")},
         "start": "x_T from N(0, I), eta = 0",
     }
 
 
 def check_protocol(found: Mapping[str, object]) -> None:
     """Raises ValueError, naming what differs, if a result was made by another protocol than this module's."""
-    changed = [key for key, value in _about().items() if found.get(key) != value]
-    if changed:
-        raise ValueError(f"the result was made by another protocol ({', '.join(changed)}): run this module again")
+    same_protocol(found, about(), "run this module again")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
