@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...guidance import CostMeter, LookAhead
 from ...samplers import draw_x_T, sample_ddim, sample_particles, timesteps
+from ...seeds import derive_seed
 from ..files import kept
 from . import captions, networks, text_models
 from .fast import fast
@@ -89,7 +90,7 @@ class Chain:
         rows = range(first, first + n)
         starts, images, cost = range(0, n, batch), [], 0
         for start in progress(starts) if progress else starts:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first + start)
+            generator = torch.Generator(device).manual_seed(derive_seed("sample", seed, first + start))
             part = rows[start : start + batch]
             meter = CostMeter(
                 self.denoise(prompts if isinstance(prompts, str) else [prompts[i % len(prompts)] for i in part])

@@ -18,6 +18,7 @@ import torch
 
 from ...algorithms import TiltSamples, learn_lam
 from ...estimators import lam_curve
+from ...seeds import derive_seed
 from ..metrics import Interval, t_interval
 
 BOUNDS = (0.01, 100.0)
@@ -124,7 +125,9 @@ def bayesian(
         journal = optuna.storages.journal
         shared = storage and optuna.storages.JournalStorage(journal.JournalFileBackend(str(storage)))
         study = optuna.create_study(direction="maximize", storage=shared, study_name=name, load_if_exists=True)
-        study.sampler = optuna.samplers.GPSampler(seed=seed + len(study.trials), n_startup_trials=4)
+        study.sampler = optuna.samplers.GPSampler(
+            seed=derive_seed("Bayesian", seed, len(study.trials)), n_startup_trials=4
+        )
         done = optuna.trial.TrialState.COMPLETE
         while len(study.get_trials(states=(done,))) < trials:
             ask = study.ask()
@@ -177,7 +180,7 @@ def adaptive_kl(
         raise ValueError(f"target = {target} must be positive, lam = {lam} within {bounds}, gain clip in (0, 1)")
     found = []
     for i in range(trials):
-        found.append(_trial(evaluate, lam, n, seed * 1_000_003 + i))
+        found.append(_trial(evaluate, lam, n, derive_seed("adaptive KL", seed, i)))
         if found[-1].kl is None or not math.isfinite(found[-1].kl):
             raise ValueError(f"adaptive KL control needs a finite KL, and the evaluation at lam = {lam:g} has none")
         error = found[-1].kl / target - 1

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ... import estimators
 from ...algorithms import TiltSamples
+from ...seeds import derive_seed
 from .. import data, files, metrics
 from ..files import kept, piece
 from ..models import captions, chains, clip, networks, rewards
@@ -196,7 +197,7 @@ class Bank:
     def draws(self, lam: float, n: int, seed: int, weight: float = 0.0) -> baselines.Evaluation:
         """n independent draws of the law at lam, at the price of guided ones (p_0 itself: of plain ones)."""
         law = self.law(lam, weight)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 17)
+        generator = torch.Generator().manual_seed(derive_seed("picture", seed))
         up = law["r_up"].double()[torch.multinomial(law["p"], n, replacement=True, generator=generator)]
         cost = n * self.each * (1 if lam == math.inf else 2)
         return baselines.Evaluation(up.mean().item(), up.std().item() / n**0.5, cost, law["kl"])
@@ -325,7 +326,7 @@ def gather(
             options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
             keys = tqdm(list(itertools.product(lams, range(runs + 1))), f"{prompt}, {low}: particles", disable=not bar)
             sharp[low] = {
-                (lam, run): particles(chain, prompt, low, lam, count, seed + 100_000 * run, **options)
+                (lam, run): particles(chain, prompt, low, lam, count, derive_seed("particles", seed, run), **options)
                 for lam, run in keys
             }
         found[prompt] = Material(drawn, sharp)
@@ -362,7 +363,7 @@ def race(
 
         def fresh(lam: float, round: int, seed: int = seed) -> TiltSamples:
             options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
-            drawn = particles(chain, prompt, low, lam, draws, 1000 * (seed + 1) + round, **options)
+            drawn = particles(chain, prompt, low, lam, draws, derive_seed("round", seed, round), **options)
             return weighted_back(drawn, low, lam, mean, sd)
 
         def compute(seed: int = seed, fresh: Callable = fresh) -> dict:
@@ -425,7 +426,7 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
             others = torch.ones(len(seen[prompt][0]), dtype=torch.bool)
             others[rows_of_p] = rows_of_p % seeds != seed
             features, right = (values[others][: len(law["p"])] for values in seen[prompt])
-            generator = torch.Generator().manual_seed(1_000 * seed + i)
+            generator = torch.Generator().manual_seed(derive_seed("quality", seed, i))
             drawn.append(features[torch.multinomial(law["p"], n, replacement=True, generator=generator)])
             shares.append(law["p"] @ right)
             distances.append(metrics.kid(drawn[-1], real[prompt], seed=seed)[0])

@@ -17,6 +17,7 @@ import torch
 
 from ... import algorithms, estimators
 from ...algorithms import TiltSamples
+from ...seeds import derive_seed
 from .. import metrics
 from ..files import piece
 from ..models import rewards
@@ -67,18 +68,18 @@ def mixture_pooling(centre: float, repeats: int, *, n: int = 400, budget: int = 
     """
     one, found = Shifted(centre), {}
     for repeat in range(repeats):
-        first, seed = one.first(n, 10_000 + repeat), 1_000_000 + 100 * repeat
+        first, seed = one.first(n, derive_seed("mixture, p_0", repeat)), derive_seed("mixture", repeat)
         for name, options in mixture_methods().items():
             options = dict(options)
             batch = options.pop("batch")
 
             def draw(lam: float, round: int, batch: int = batch, seed: int = seed) -> TiltSamples:
-                return one.draw(lam, batch, seed + round)
+                return one.draw(lam, batch, derive_seed("round", seed, round))
 
             options |= {"draw": draw, "rounds": (budget - n) // batch, "bounds": (0.05, 100.0)}
             *_, last = algorithms.learn_lam(first, start, **options)
             found.setdefault(name, []).append((last.lam, last.cost, None))
-        alone = one.first(budget, 10_000 + repeat)
+        alone = one.first(budget, derive_seed("mixture, p_0", repeat))
         for name, samples, cost in (("pooled curve", last.outer.p_star, last.cost), ("curve of p_0", alone, budget)):
             curve = estimators.lam_curve(samples.r_up, samples.r_low, MIXTURE_LAMS, samples.log_w, min_ess=30)
             hit = curve.interval[0] <= one.lam <= curve.interval[1]
@@ -122,7 +123,7 @@ def learn_on_images(
 
     def draw(lam: float, round: int) -> TiltSamples:
         options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
-        found = lambda_race.particles(chain, prompt, low, lam, DRAWS, 1000 * (seed + 1) + round, **options)
+        found = lambda_race.particles(chain, prompt, low, lam, DRAWS, derive_seed("round", seed, round), **options)
         return lambda_race.weighted_back(found, low, lam, mean, sd)
 
     def compute() -> dict:
@@ -174,7 +175,9 @@ def validate_pooling(
         mean, sd = rewards.scale(drawn[low])
         options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
         sharp = {
-            (lam, run): lambda_race.particles(chain, prompt, low, lam, count, 900_000 + 1000 * run, **options)
+            (lam, run): lambda_race.particles(
+                chain, prompt, low, lam, count, derive_seed("validation, marks", run), **options
+            )
             for lam, run in itertools.product(lams, range(runs))
         }
         marks = lambda_race.Bank.of(drawn, low, sharp)
@@ -183,7 +186,9 @@ def validate_pooling(
             samples = marks.folds(seeds, seed)[0].samples()
             for pool, min_ess in ((False, 100.0), *((True, value) for value in MIN_ESS_TRIED)):
                 options = {"pool": pool, "min_ess": min_ess, "folder": folder, "device": device}
-                found = learn_on_images(chain, prompt, low, samples, (mean, sd), 50 + seed, **options)
+                found = learn_on_images(
+                    chain, prompt, low, samples, (mean, sd), derive_seed("validation", seed), **options
+                )
                 regret = {f"regret {key}": best - marks.worth(found[key])["up"] for key in ("last", "read")}
                 row = {"prompt": prompt, "seed": seed, "pool": pool, "min_ess": min_ess} | regret
                 rows.append(row | {key: found[key] for key in ("last", "read", "rounds", "cost", "said")})

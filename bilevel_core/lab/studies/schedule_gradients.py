@@ -34,6 +34,7 @@ from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
+from ...seeds import derive_seed
 from .. import files, metrics
 from ..models.fast import fast
 from .setting import IMAGES, Setting, train_denoiser
@@ -179,7 +180,7 @@ def partials(study: Study, denoiser: nn.Module) -> dict[str, tuple[Callable, int
             f = study.objective(meter, n, grad_steps)
             if estimate is estimators.q_grad_one_point:
                 with torch.no_grad():  # what a loop has from its last step, for nothing: f nearby with another x_T
-                    options["previous"] = study.objective(denoiser, n)(z, seed + 50_000_000).item()
+                    options["previous"] = study.objective(denoiser, n)(z, derive_seed("previous", seed)).item()
             return estimate(f, z, seed=seed, **options)[0], meter.cost
 
         return run
@@ -206,7 +207,7 @@ def partial_draws(study: Study, point: str, seed: int) -> dict:
         denoiser, _ = study.train(coordinates(point), seed)
         rows = {}
         for name, (estimate, count) in partials(study, denoiser).items():
-            pairs = [estimate(coordinates(point), 1000 * seed + 10 * i) for i in range(count)]
+            pairs = [estimate(coordinates(point), derive_seed("partial", seed, i)) for i in range(count)]
             rows[name] = {"draws": [g.tolist() for g, _ in pairs], "cost": pairs[0][1]}
         return {"rows": rows, "cost": sum(row["cost"] * len(row["draws"]) for row in rows.values())}
 
@@ -219,7 +220,7 @@ def warm_draws(study: Study, point: str, seed: int, steps: int) -> dict:
 
     def compute() -> dict:
         denoiser, _ = study.train(coordinates(point), seed)
-        pairs = [warm(study, point, denoiser, steps, 1000 * seed + i) for i in range(2)]
+        pairs = [warm(study, point, denoiser, steps, derive_seed("warm", seed, i)) for i in range(2)]
         return {"draws": [g.tolist() for g, _ in pairs], "cost": pairs[0][1]}
 
     config = study.about("n", "lr", point=point, seed=seed, steps=steps)
