@@ -1,6 +1,6 @@
 """What a guided step of Stable Diffusion takes: counted without any memory, or measured at full size.
 
-`python -m bilevel_core.lab.memory --side 256` measures one setting in a process of its own and prints it as JSON.
+`python -m bilevel_core.lab.studies.memory --side 256` measures one setting in a process of its own and prints it as JSON.
 Weights are random, which changes neither time nor memory.
 """
 
@@ -153,7 +153,7 @@ def survey(
         def compute(options: dict = options, here: bool = here) -> dict[str, Any]:
             found: dict[str, Any] = {"counted": counted(**options), "measured": None}
             if here or torch.device(device).type != "cpu":
-                command = [sys.executable, "-m", "bilevel_core.lab.memory", "--device", str(device)]
+                command = [sys.executable, "-m", "bilevel_core.lab.studies.memory", "--device", str(device)]
                 for name, value in options.items():
                     flag = name.replace("_", "-")
                     on = ["--" + flag] if value else ["--no-" + flag]

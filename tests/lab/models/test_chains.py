@@ -39,6 +39,18 @@ def test_images_do_not_depend_on_how_they_are_asked_for(chain):
     assert (chain.sample(prompts, 4, 2, batch=4)[0] - whole[:4]).abs().max() > 1e-3
 
 
+def test_noise_belongs_to_whole_batches(chain):
+    """As the docstring of `Chain.sample` has it: to the seed, a batch's first row and its length, not to a sample."""
+    forty = chain.sample("a two", 40, 3, batch=20)[0]
+    torch.testing.assert_close(chain.sample("a two", 20, 3, batch=20)[0], forty[:20])
+    torch.testing.assert_close(chain.sample("a two", 20, 3)[0], forty[:20])  # one batch of 20 rows
+    torch.testing.assert_close(chain.sample("a two", 20, 3, first=20)[0], forty[20:])
+    assert (chain.sample("a two", 40, 3)[0][:20] - forty[:20]).abs().max() > 0.1  # a batch of 40 is another one
+    for options in ({"n": 0}, {"n": 4, "batch": 0}, {"n": 4, "first": -4}):
+        with pytest.raises(ValueError, match="must be at least 1, first ="):
+            chain.sample("a two", seed=0, **options)
+
+
 def test_a_bank_is_drawn_once_goes_on_and_notices_what_changed(chain, tmp_path):
     rewards = {"ink": lambda x: (x.mean((1, 2, 3)) + 1) / 2, "corner": lambda x: x[:, 0, 0, 0]}
     options = {"folder": tmp_path, "about": {"weights": "abc"}, "batch": 4}
