@@ -14,8 +14,9 @@ EXAMPLES = re.findall(
 )
 
 
-def test_there_are_four_short_examples():
-    assert [title.removeprefix("Your own ") for title, *_ in EXAMPLES] == ["reward", "denoiser", "schedule", "data"]
+def test_there_are_five_short_examples():
+    titles = ["reward", "denoiser", "v-prediction", "schedule", "data"]
+    assert [title.removeprefix("Your own ") for title, *_ in EXAMPLES] == titles
     assert max(len([line for line in code.splitlines() if line]) for _, code, _ in EXAMPLES) <= 36
 
 

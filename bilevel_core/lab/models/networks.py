@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...samplers import x0_source
 from . import captions, pixels
 
 # ---------------------------------------------------------------- denoisers
@@ -157,13 +158,20 @@ class Prompted(nn.Module):
         self.train(getattr(denoiser, "training", False))
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        return self._guided(self.denoiser, x, t)
+
+    def denoise_x0(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """x0_hat in the same combination, of a denoiser that offers it: see `samplers.x0_source`."""
+        return self._guided(x0_source(self.denoiser), x, t)
+
+    def _guided(self, network: Callable[..., Tensor], x: Tensor, t: int | Tensor) -> Tensor:
         text, empty = self.text.to(x.device), self.empty.to(x.device)
         if self.passes == 1:
-            return self.denoiser(x, t, text if self.scale else empty)
+            return network(x, t, text if self.scale else empty)
         text, empty = (each.expand(x.shape[0], *each.shape[1:]) for each in (text, empty))
         text = torch.cat([text, empty])
         both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
-        with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
+        with_text, without = network(torch.cat([x, x]), both, text).chunk(2)
         return without + self.scale * (with_text - without)
 
 
