@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -195,8 +196,9 @@ def test_resume_with_other_parameters_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     state = new_state()
     weights = copy.deepcopy(state.denoiser.state_dict())
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1; lower lr = 0\.01"):
-        next(algorithms.train_score(state, DATA * float("nan"), ABAR, steps=5))
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FloatingPointError, match=rf"the loss is {value} at step 1; lower lr = 0\.01"):
+            next(algorithms.train_score(state, DATA, ABAR, steps=5, extra=lambda net, i, v=value: torch.tensor(v)))
     assert all(torch.equal(weights[k], v) for k, v in state.denoiser.state_dict().items()) and state.step == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bilevel_core import distances, estimators, oracles, samplers
+from bilevel_core.seeds import derive_seed
 
 ORACLE = oracles.LinearGaussianSchedule()
 Q = torch.tensor([0.05, 0.9, 1.2, 0.02], dtype=torch.float64)
@@ -138,6 +139,10 @@ def test_bad_input():
 # ---------------------------------------------------------------- by hand: seeds, lengths, counts
 
 
+def directions(seed):
+    return torch.Generator().manual_seed(derive_seed("directions", seed))
+
+
 class Spy:
     """A smooth function whose noise depends on the seed alone; remembers how it was called."""
 
@@ -154,7 +159,7 @@ class Spy:
 def test_two_point_by_hand():
     f, delta = Spy(), torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
     grad, info = estimators.q_grad_two_point(f, Q, seed=5, delta=delta, directions=3)
-    g, draws, values = torch.Generator().manual_seed(5), [], []
+    g, draws, values = directions(5), [], []
     for _ in range(3):
         u = torch.randn(4, generator=g, dtype=torch.float64)
         high, low = Spy()(Q + delta * u, 5), Spy()(Q - delta * u, 5)
@@ -167,20 +172,20 @@ def test_two_point_by_hand():
     assert f.seeds == [5] * 6 and not any(f.grads) and set(info) == {"calls", "f", "se"}
     f = Spy()
     estimators.q_grad_two_point(f, Q, seed=5, directions=3, common=False)
-    assert sorted(f.seeds) == list(range(6, 12))
+    assert f.seeds == [derive_seed("f", 5, k, sign) for k in range(3) for sign in (1, -1)]
     _, info = estimators.q_grad_two_point(Spy(), Q, seed=5, delta=delta, directions=2)
     torch.testing.assert_close(info["se"], draws[:2].std(0) / 2**0.5, rtol=1e-12, atol=0)
     f = Spy()  # what is left out: one direction, at distance 0.01, with common numbers
     grad, info = estimators.q_grad_two_point(f, Q, seed=6)
     explicit, _ = estimators.q_grad_two_point(Spy(), Q, seed=6, delta=0.01, directions=1, common=True)
     assert torch.equal(grad, explicit) and info["se"] is None and info["calls"] == 2 and f.seeds == [6, 6]
-    u = torch.randn(4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    u = torch.randn(4, generator=directions(6), dtype=torch.float64)
     torch.testing.assert_close(f.points[0], Q + 0.01 * u, rtol=0, atol=1e-14)
 
 
 def test_one_point_by_hand():
     delta = torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
-    u = torch.randn(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    u = torch.randn(4, generator=directions(5), dtype=torch.float64)
     for f_seed, used in ((None, 5), (0, 0), (9, 9)):
         f = Spy()
         grad, info = estimators.q_grad_one_point(f, Q, 2.0, seed=5, delta=delta, f_seed=f_seed)
@@ -203,7 +208,7 @@ def test_coordinates_by_hand():
     assert f.seeds == [5] * 8 and not any(f.grads)
     f = Spy()
     estimators.q_grad_coordinates(f, Q, seed=5, common=False)
-    assert sorted(f.seeds) == list(range(6, 14))
+    assert f.seeds == [derive_seed("f", 5, i, sign) for i in range(4) for sign in (1, -1)]
     f = Spy()
     estimators.q_grad_coordinates(f, Q, seed=5)
     torch.testing.assert_close(f.points[1][0], Q[0] - 0.01, rtol=0, atol=1e-14)

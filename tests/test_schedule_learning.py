@@ -433,10 +433,16 @@ def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
     def broken_in_the_gradient(x):
         return quality(x) if x.requires_grad else quality(x) * math.nan
 
+    @functools.wraps(quality)
+    def without_slope(x):
+        return quality(x) + (0 * x.mean()).sqrt()
+
     state.quality = broken
-    check(FloatingPointError, "the loss is nan at step 13; lower lr = 0.001 or resume the last checkpoint")
+    check(FloatingPointError, "quality is nan for 256 samples that are finite")
     state.quality = broken_in_the_gradient
-    check(FloatingPointError, "the gradient at k = 4, .* is not finite")
+    check(FloatingPointError, "quality is nan for 256 samples that are finite")
+    state.quality = without_slope
+    check(FloatingPointError, r"the gradient of the loss is not finite at step 13, though the loss is 0\.")
     state.quality = quality
 
     @functools.wraps(validate)
@@ -466,7 +472,7 @@ def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
         ({"kind": "quadratic"}, "kind is 'quadratic'"),
         ({"form": "half"}, "form is 'half'"),
         ({"T": 1}, "T is 1; it must be an integer of at least 2"),
-        ({"T": 5, "sample_steps": 6}, "steps = 6 must lie in 1..T = 5"),
+        ({"T": 5, "sample_steps": 6}, "sample_steps = 6 must lie in 1..T = 5"),
         ({"sample_steps": 0}, "sample_steps = 0 must be at least 1"),
         ({"samples": 1}, "samples = 1 must be at least 2"),
         ({"samples": 0}, "samples = 0 must be at least 2"),
@@ -492,8 +498,8 @@ def test_bad_parameters(option, said):
 
 
 def test_bad_data_and_bad_quality():
-    for x0 in (DATA[:1], DATA[:0], DATA * math.inf):
-        with pytest.raises(ValueError, match="must be finite, with at least 2 rows"):
+    for x0, said in ((DATA[:1], "at least 2 rows"), (DATA[:0], "at least 2 rows"), (DATA * math.inf, "be finite")):
+        with pytest.raises(ValueError, match=f"x0 of shape .* must .*{said}"):
             next(learn_schedule(new_state(), x0, steps=1))
     state = new_state()
     with pytest.raises(FloatingPointError, match="the samples at q = .* are not finite: lower lr = 0.001 or rate"):
