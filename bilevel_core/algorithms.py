@@ -383,18 +383,21 @@ def _check_data(x0: Tensor) -> None:
     what, remedy = f"x0 of shape {tuple(x0.shape)}", "scale it to about [-1, 1], from 0..255 by x0.float() / 127.5 - 1"
     if not len(x0):
         raise ValueError(f"{what} is empty")
+    low, high = x0.min().item(), x0.max().item()
     if not x0.is_floating_point():
-        raise ValueError(f"{what} has {x0.dtype} values from {x0.min()} to {x0.max()}: {remedy}")
-    if not torch.isfinite(x0).all():
+        raise ValueError(f"{what} has {x0.dtype} values from {low} to {high}: {remedy}")
+    if not math.isfinite(high - low):
         raise ValueError(f"{what} must be finite")
-    if torch.linalg.vector_norm(x0, dtype=torch.float64) > LARGE * x0.numel() ** 0.5:
-        raise ValueError(f"{what} has values from {x0.min():g} to {x0.max():g}: {remedy}")
+    size = x0.numel() ** 0.5 * LARGE
+    if max(-low, high) > LARGE and torch.linalg.vector_norm(x0, dtype=torch.float64) > size:
+        raise ValueError(f"{what} has values from {low:g} to {high:g}: {remedy}")
 
 
 def fingerprint(x: Tensor) -> list:
     """Type, shape and two sums over the bits of x (n, ...): the same on every device, another for other data."""
-    bits = x.detach().contiguous().view(getattr(torch, f"int{8 * x.element_size()}")).reshape(len(x), -1)
-    sums = [bits.sum(i, dtype=torch.int64) for i in (0, 1)]  # modulo 2^64, in any order
+    rows = x.detach().contiguous().reshape(len(x), -1)
+    size = x.element_size() if rows[0].nbytes % 8 else 8
+    sums = [rows.view(getattr(torch, f"int{8 * size}")).sum(i, dtype=torch.int64) for i in (0, 1)]  # modulo 2^64
     return [str(x.dtype), list(x.shape), *(int((s * torch.arange(1, len(s) + 1).to(s)).sum()) for s in sums)]
 
 
@@ -439,9 +442,9 @@ class ScoreTraining:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {low}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay} must be below 1, or the average never moves")
-        check_seed(self.seed)
+        seed = check_seed(self.seed)
         device = next(self.denoiser.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(self.seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=self.lr)
         self.ema = torch.optim.swa_utils.AveragedModel(
             self.denoiser, multi_avg_fn=lambda ema, now, n: torch._foreach_lerp_(ema, now, self._ema_weight(int(n)))

@@ -24,10 +24,11 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless every generator keeps the whole of this seed, as it is: an integer in 0..2^32 - 1."""
+def check_seed(seed: int) -> int:
+    """The seed as it is, if every generator keeps the whole of it: ValueError unless an integer in 0..2^32 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"seed = {seed!r} must be an integer in 0..2^32 - 1; derive_seed makes one of any other")
+    return int(seed)
 
 
 @contextmanager

@@ -136,6 +136,79 @@ def test_bad_input():
         sampled(Q, 0, grad_steps=0)
 
 
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_forward_mode_takes_plain_attention_and_gives_back_the_fast_one():
+    """Fused attention, for which torch has no tangent: on a CPU where keys need a gradient or there is no mask."""
+    key = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def f(q, seed):
+        x = q[0].float() * key + q[1].float()
+        return torch.nn.functional.scaled_dot_product_attention(x, key, x * x).square().mean().double()
+
+    with pytest.raises(NotImplementedError):  # else torch has learned it, and the plain kernels can go
+        torch.func.jvp(lambda q: f(q, 0), (Q,), (torch.ones_like(Q),))
+    forward, reverse = estimators.q_grad_forward(f, Q, seed=0)[0], estimators.q_grad_reverse(f, Q, seed=0)[0]
+    torch.testing.assert_close(forward, reverse, rtol=1e-4, atol=1e-6)
+    heads = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+
+    def g(q, seed):
+        x = q[0].float() * key[0].detach() + q[1].float()
+        return heads(x, x, x)[0].square().mean().double()
+
+    for fast in (True, False):
+        torch.backends.mha.set_fastpath_enabled(fast)
+        forward, reverse = estimators.q_grad_forward(g, Q, seed=0)[0], estimators.q_grad_reverse(g, Q, seed=0)[0]
+        torch.testing.assert_close(forward, reverse, rtol=1e-4, atol=1e-6)
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_an_operation_without_forward_mode_is_named_with_the_remedy():
+    def f(q, seed):
+        return NoForwardMode.apply(q).sum()
+
+    with pytest.raises(
+        RuntimeError, match=r"f works, but not in forward mode \(.*\): pass estimator=estimators.q_grad_rev"
+    ):
+        estimators.q_grad_forward(f, Q, seed=0)
+    assert torch.equal(estimators.q_grad_reverse(f, Q, seed=0)[0], torch.full_like(Q, 2.0))
+
+    def broken(q, seed):
+        return q[:3] @ torch.ones(4, dtype=q.dtype)
+
+    def full(q, seed):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(RuntimeError, match="inconsistent tensor size|size mismatch|must match"):  # its own fault
+        estimators.q_grad_forward(broken, Q, seed=0)
+    with pytest.raises(torch.OutOfMemoryError, match="^out of memory$"):
+        estimators.q_grad_forward(full, Q, seed=0)
+
+
+def test_draws_of_neighbouring_seeds_differ():
+    """Without common numbers no two evaluations share a draw, whatever the seeds; the directions are apart from f's."""
+    for estimate in (estimators.q_grad_two_point, estimators.q_grad_coordinates):
+        f = Spy()
+        for seed in (*range(50), -1, 2**32, 2**32 + 1):
+            estimate(f, Q, seed=seed, common=False)
+        assert len(set(f.seeds)) == len(f.seeds)
+    u = [Spy(), Spy()]
+    for f, seed in zip(u, (3, 3 + 2**32), strict=True):
+        estimators.q_grad_one_point(f, Q, 0.0, seed=seed)
+    own = torch.randn(4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert not torch.equal(u[0].points[0], u[1].points[0]) and not torch.allclose(u[0].points[0], Q + 0.01 * own)
+
+
 # ---------------------------------------------------------------- by hand: seeds, lengths, counts
 
 
