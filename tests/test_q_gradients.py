@@ -187,9 +187,11 @@ def test_an_operation_without_forward_mode_is_named_with_the_remedy():
         return q[:3] @ torch.ones(4, dtype=q.dtype)
 
     def full(q, seed):
-        raise torch.OutOfMemoryError("out of memory")
+        if torch.autograd.forward_ad.unpack_dual(q).tangent is not None:
+            raise torch.OutOfMemoryError("out of memory")
+        return q.sum()
 
-    with pytest.raises(RuntimeError, match="inconsistent tensor size|size mismatch|must match"):  # its own fault
+    with pytest.raises(RuntimeError, match="^(inconsistent tensor size|size mismatch)"):  # its own fault
         estimators.q_grad_forward(broken, Q, seed=0)
     with pytest.raises(torch.OutOfMemoryError, match="^out of memory$"):
         estimators.q_grad_forward(full, Q, seed=0)

@@ -265,6 +265,20 @@ def test_every_stream_of_every_seed_draws_its_own():
         assert len({str(value) for value in values}) == len(values), name
 
 
+def test_the_seeds_of_training_and_of_the_gradient_by_hand(monkeypatch):
+    seen, f = [], ScheduleProblem.f
+
+    def spy(self, z, net, seed, grad_steps=None):
+        seen.append((net is self.state.gamma_net.denoiser, seed))
+        return f(self, z, net, seed, grad_steps)
+
+    monkeypatch.setattr(ScheduleProblem, "f", spy)
+    list(learn_schedule(new_state(seed=5, estimator=estimators.q_grad_reverse), DATA, steps=2))
+    assert [seed for training, seed in seen if training] == [derive_seed("theta_gamma", 5, i) for i in range(6)]
+    expected = [derive_seed("gradient", 5, k, i) for k in range(2) for i in range(2) for _ in ("f", "f_star")]
+    assert [seed for training, seed in seen if not training] == expected
+
+
 def test_x_T_is_independent_of_the_batch_of_the_same_seed():
     """f and g of one seed have streams of their own: else x_T would be the noise and the rows of g once more."""
     correlations = []
