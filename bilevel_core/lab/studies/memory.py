@@ -1,6 +1,6 @@
 """What a guided step of Stable Diffusion takes: counted without any memory, or measured at full size.
 
-`python -m bilevel_core.lab.memory --side 256` measures one setting in a process of its own and prints it as JSON.
+`python -m bilevel_core.lab.studies.memory --side 256` measures one setting in a process of its own, printed as JSON.
 Weights are random, which changes neither time nor memory.
 """
 
@@ -129,7 +129,11 @@ def measured(
 
     On CUDA the peak is that of torch's allocator, elsewhere that of the whole process since its start.
     """
-    weights, step = _set_up(size, nullcontext(), device=device, **options)
+    on_gpu = torch.device(device).type == "cuda"
+    mode = torch.device(device) if on_gpu else nullcontext()  # a billion random numbers, where they are drawn fastest
+    weights, step = _set_up(size, mode, device=device, **options)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     timed = {"plain": [], "seconds": []}
     for _ in range(repeats):
         for name, guided in (("plain", False), ("seconds", True)):
@@ -153,7 +157,7 @@ def survey(
         def compute(options: dict = options, here: bool = here) -> dict[str, Any]:
             found: dict[str, Any] = {"counted": counted(**options), "measured": None}
             if here or torch.device(device).type != "cpu":
-                command = [sys.executable, "-m", "bilevel_core.lab.memory", "--device", str(device)]
+                command = [sys.executable, "-m", __spec__.name, "--device", str(device)]
                 for name, value in options.items():
                     flag = name.replace("_", "-")
                     on = ["--" + flag] if value else ["--no-" + flag]
