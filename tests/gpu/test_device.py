@@ -14,7 +14,7 @@ from bilevel_core import distances, estimators, schedules
 from bilevel_core.algorithms import ScoreTraining, TiltSamples, learn_lam, train_score
 from bilevel_core.guidance import CostMeter, LookAhead, path_kl
 from bilevel_core.lab import files, metrics
-from bilevel_core.lab.models import chains, networks, pipelines, rewards
+from bilevel_core.lab.models import chains, graphs, networks, pipelines, rewards
 from bilevel_core.lab.studies import schedule_race, setting
 from bilevel_core.samplers import draw_x_T, sample_ancestral, sample_ddim, sample_particles, timesteps
 from bilevel_core.schedule_learning import ScheduleLearning, learn_schedule
@@ -337,3 +337,61 @@ def test_copies_stay_on_the_device(device):
     net = network(device)
     for weight in copy.deepcopy(net).parameters():
         on(device, weight)
+
+
+# ---------------------------------------------------------------- recordings
+
+
+def test_a_recorded_training_step_is_the_networks(device):
+    """Losses and weights of Algorithm 3 with and without the recording, which sees weights change; then it is gone."""
+    x0, abar = draw(64, 1, 8, 8).tanh().to(device), schedules.abar(Q, T).to(device)
+
+    def run(recorded):
+        state = setting.recipe(networks.Denoiser("tiny", seed=0).to(device), steps=30, batch_size=16, seed=0)
+        if recorded:
+            with graphs.training(state.denoiser, (16, 1, 8, 8)) as done:
+                assert done == (device.type == "cuda")
+                list(train_score(state, x0, abar, steps=30))
+                with torch.no_grad():  # another shape, and t an int, go to the network itself
+                    assert state.denoiser(x0[:3], 5).shape == (3, 1, 8, 8)
+                x = x0[:16].clone().requires_grad_()
+                t = torch.ones(16, dtype=torch.long, device=device)
+                assert torch.autograd.grad(state.denoiser(x, t).sum(), x)[0].abs().sum() > 0
+        else:
+            list(train_score(state, x0, abar, steps=30))
+        assert "forward" not in vars(state.denoiser) and "forward" not in vars(state.ema.module)
+        return state
+
+    with_it, without = run(True), run(False)
+    assert with_it.losses == pytest.approx(without.losses, rel=2e-2)
+    for a, b in zip(with_it.ema.parameters(), without.ema.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_a_recorded_sampler_is_the_networks(device):
+    net, x = network(device), draw(6, 1, 8, 8).to(device)
+    recorded, ts, abar = graphs.sampling(net, torch.zeros_like(x)), timesteps(T, 5), schedules.abar(Q, T).to(device)
+    assert (recorded is net) == (device.type == "cpu")
+    with torch.no_grad():
+        found, want = sample_ddim(recorded, x, abar, ts), sample_ddim(net, x, abar, ts)
+        torch.testing.assert_close(found, want, **CLOSE)
+        t = torch.arange(1, 7, device=device)
+        torch.testing.assert_close(recorded(x, t), net(x, t), **CLOSE)
+        assert recorded(x[:2], 3).shape == (2, 1, 8, 8)
+        for weight in net.parameters():
+            weight.mul_(1.1)
+        torch.testing.assert_close(recorded(x, t), net(x, t), **CLOSE)
+    free = x.clone().requires_grad_()
+    assert torch.autograd.grad(recorded(free, 3).sum(), free)[0].abs().sum() > 0
+
+
+@pytest.mark.cuda
+def test_a_recording_that_is_off_is_not_used(monkeypatch):
+    """A recording with other numbers, or none at all, leaves the network as it was, with a warning."""
+    monkeypatch.setattr(graphs, "FAR", -1.0)
+    net, x = network("cuda"), torch.zeros(4, 1, 8, 8, device="cuda")
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        assert graphs.sampling(net, x) is net
+    net = networks.Denoiser("tiny").to("cuda")
+    with pytest.warns(UserWarning, match="no CUDA graph"), graphs.training(net, (4, 1, 8, 8)) as done:
+        assert not done and "forward" not in vars(net)

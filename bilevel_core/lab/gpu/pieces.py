@@ -223,7 +223,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        if not function.is_view:
+        if not getattr(function, "is_view", False):
             found = [x for x in tree_iter((args, kwargs, output)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in found)
         return output
