@@ -17,7 +17,7 @@ ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book pdf test fast lab bench sweep mutants format readme clean
+.PHONY: help book pdf test fast lab bench sweep gpu gpu-merge mutants format readme clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
@@ -29,6 +29,9 @@ help:
 	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
+	@echo "make gpu MINUTES=8 [OUT=folder] [DATA=folder]"
+	@echo "                            what wants a GPU, the most worth first, resumable; DRY=1 prints the plan"
+	@echo "make gpu-merge              what it left, as results in book/results"
 	@echo "make mutants                small faults in the core's mathematics, one at a time: which do the tests miss?"
 	@echo "                            an hour or two of one core, resumable; writes tests/mutants.md"
 	@echo "make format                 format the code and strip the notebooks' outputs"
@@ -66,6 +69,14 @@ sweep: $(READY)
 	@test -n "$(NOTEBOOK)" -a -n "$(GRID)" -a -n "$(OUT)" || { \
 	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
 	$(BIN)/python -m bilevel_core.lab.sweep $(NOTEBOOK) $(GRID) $(OUT) --workers $(WORKERS) $(addprefix --cluster ,$(CLUSTER))
+
+# Also without make or .venv: python3 -m bilevel_core.lab.gpu --minutes 8
+MINUTES ?= 8
+gpu: $(READY)
+	$(BIN)/python -m bilevel_core.lab.gpu --minutes $(MINUTES) $(addprefix --out ,$(OUT)) $(addprefix --data ,$(DATA)) $(if $(DRY),--dry)
+
+gpu-merge: $(READY)
+	$(BIN)/python -m bilevel_core.lab.gpu merge
 
 # Takes up a run that was stopped. MUTANTS="name ..." (wildcards allowed) tries only those, whatever is known of them.
 MUTANTS ?=

@@ -80,6 +80,7 @@ def write_result(
     wall_s: float,
     protocol: Mapping[str, Any] | str | None = None,
     directory: str | Path | None = None,
+    ran: Mapping[str, Any] | None = None,
 ) -> Path:
     """Record a result as <name>.json in `folder`, with its provenance: atomic, checked by RESULT_SCHEMA.
 
@@ -90,6 +91,7 @@ def write_result(
     cost      cost units (one image through one network forward = 1), or {"units": ..., "calls": ...}
     wall_s    seconds
     protocol  how it was measured: n, reference size, split, batch sizes, ...
+    ran       `provenance()` of where it was computed, if that was another machine
     directory elsewhere than `folder`
     Returns the path. Raises ValueError where the record is not valid.
     """
@@ -100,7 +102,7 @@ def write_result(
         "tier": tier,
         "data": data,
         "protocol": protocol,
-        "provenance": provenance()
+        "provenance": dict(ran or provenance())
         | {
             "parameters": {key: _no_path(value) for key, value in values.items()},
             "seeds": [seeds] if isinstance(seeds, int) else list(seeds),
@@ -216,6 +218,10 @@ def hardware() -> dict[str, Any]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
+    """Commit, and whether the tree was altered: by BILEVEL_COMMIT (40 digits, perhaps "-dirty") for a copy, or git."""
+    given = re.fullmatch(r"([0-9a-f]{40})(-dirty)?", os.environ.get("BILEVEL_COMMIT", ""))
+    if given:
+        return given[1], bool(given[2])
     try:
         root = project_root()
     except FileNotFoundError:

@@ -129,7 +129,11 @@ def measured(
 
     On CUDA the peak is that of torch's allocator, elsewhere that of the whole process since its start.
     """
-    weights, step = _set_up(size, nullcontext(), device=device, **options)
+    on_gpu = torch.device(device).type == "cuda"
+    mode = torch.device(device) if on_gpu else nullcontext()  # a billion random numbers, where they are drawn fastest
+    weights, step = _set_up(size, mode, device=device, **options)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     timed = {"plain": [], "seconds": []}
     for _ in range(repeats):
         for name, guided in (("plain", False), ("seconds", True)):
