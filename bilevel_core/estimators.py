@@ -161,7 +161,7 @@ def _seed(seed: int, common: bool, k: int, sign: int) -> int:
 
 def _value(f: Objective, q: Tensor, seed: int) -> Tensor:
     with torch.no_grad():
-        value = f(q, seed).double()
+        value = f(q, seed).double().to(q.device)
     if not torch.isfinite(value):
         raise FloatingPointError(f"f = {value.item()} at q = {q.tolist()}: lower delta, or project q with a margin")
     return value
