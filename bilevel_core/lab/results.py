@@ -85,15 +85,18 @@ def write_result(
 
     tier      "smoke", "quick", "recorded" or "full"; a result is never replaced by one of a lower tier
     data      JSON-able numbers; tensors and arrays become lists; NaN and infinity are refused
-    P         the resolved parameters (what `parameters` returned)
+    P         the resolved parameters (what `parameters.resolve` returned); where they have a PROFILE, it is the tier
     seeds     every seed used
     cost      cost units (one image through one network forward = 1), or {"units": ..., "calls": ...}
     wall_s    seconds
     protocol  how it was measured: n, reference size, split, batch sizes, ...
     directory elsewhere than book/results; default the environment variable BILEVEL_RESULTS, which a sweep sets
-    Returns the path. Raises ValueError where the record is not valid.
+    Returns the path. Raises ValueError where the record is not valid or its tier is not the profile's.
     """
     values = dict(P) if isinstance(P, Mapping) else vars(P)
+    profile = values.get("PROFILE", tier)
+    if profile != tier:
+        raise ValueError(f"result {name!r} was computed with PROFILE {profile!r}: its tier cannot be {tier!r}")
     record = {
         "schema": SCHEMA_NAME,
         "name": name,
@@ -121,11 +124,17 @@ def write_result(
     return write_atomic(path, text.encode())
 
 
+def find(file: str, directory: str | Path | None = None) -> Path:
+    """Where a file of results is read from, there or not: `directory`, default BILEVEL_RESULTS, then book/results."""
+    path = _results(directory) / file
+    if not path.is_file() and directory is None:  # a sweep reads the book's too
+        path = project_root() / "book" / "results" / file
+    return path
+
+
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:
     """The record book/results/<name>.json; FileNotFoundError or ValueError (not JSON, not of the schema)."""
-    path = _results(directory) / f"{name}.json"
-    if not path.is_file() and directory is None and "BILEVEL_RESULTS" in os.environ:  # a sweep reads the book's too
-        path = project_root() / "book" / "results" / path.name
+    path = find(f"{name}.json", directory)
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.json"))
         raise FileNotFoundError(f"no result {name!r} in {relative(path.parent)}; there are {there}")
