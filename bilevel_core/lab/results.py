@@ -86,16 +86,19 @@ def write_result(
 
     tier      "smoke", "quick", "recorded" or "full"; a result is never replaced by one of a lower tier
     data      JSON-able numbers; tensors and arrays become lists; NaN and infinity are refused
-    P         the resolved parameters (what `parameters` returned)
+    P         the resolved parameters (what `parameters.resolve` returned); where they have a PROFILE, it is the tier
     seeds     every seed used
     cost      cost units (one image through one network forward = 1), or {"units": ..., "calls": ...}
     wall_s    seconds
     protocol  how it was measured: n, reference size, split, batch sizes, ...
     ran       `provenance()` of where it was computed, if that was another machine
     directory elsewhere than `folder`
-    Returns the path. Raises ValueError where the record is not valid.
+    Returns the path. Raises ValueError where the record is not valid or its tier is not the profile's.
     """
     values = dict(P) if isinstance(P, Mapping) else vars(P)
+    profile = values.get("PROFILE", tier)
+    if profile != tier:
+        raise ValueError(f"result {name!r} was computed with PROFILE {profile!r}: its tier cannot be {tier!r}")
     record = {
         "schema": SCHEMA_NAME,
         "name": name,
@@ -139,6 +142,14 @@ def folder() -> Path:
 def book() -> Path:
     """The folder of the results that the book shows."""
     return project_root() / "book" / "results"
+
+
+def find(file: str, directory: str | Path | None = None) -> Path:
+    """Where a file of results is read from, there or not: `directory`, else this run's own `folder`, else the book's."""
+    if directory is not None:
+        return Path(directory) / file
+    own = folder() / file
+    return own if own.is_file() else book() / file
 
 
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from bilevel_core.lab import parameters, results
 
 def write(project, tier="full", name="demo", data=None, **changes):
     settings = {"seeds": [0, 1], "cost": 1234, "wall_s": 1.5, "protocol": {"n": 5000}, **changes}
-    P = SimpleNamespace(PROFILE="full", work_dir="/home/somebody/drive", steps=3)
+    P = SimpleNamespace(PROFILE=tier, work_dir="/home/somebody/drive", steps=3)
     return results.write_result(name, tier, data or {"mean": torch.tensor([1.5, 2.5])}, P, **settings)
 
 
@@ -41,6 +41,32 @@ def test_commit_and_dirty_flag(project):
     (project / "notebooks/profiles/full/demo.yaml").write_text("PROFILE: full\n")
     write(project)
     assert results.read_result("demo")["provenance"]["dirty"] is True
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+@pytest.mark.parametrize("tier", results.TIERS)
+@pytest.mark.parametrize("profile", results.TIERS)
+def test_a_tier_is_the_profile_that_computed_it(tmp_path, profile, tier, kind):
+    where = {"seeds": 0, "cost": 0, "wall_s": 0, "directory": tmp_path}
+    if profile == tier:
+        path = results.write_result("demo", tier, {}, kind(PROFILE=profile), **where)
+        assert json.loads(path.read_text())["tier"] == profile
+    else:
+        with pytest.raises(
+            ValueError, match=f"'demo' was computed with PROFILE '{profile}': its tier cannot be '{tier}'"
+        ):
+            results.write_result("demo", tier, {}, kind(PROFILE=profile), **where)
+        assert not (tmp_path / "demo.json").exists()
+
+
+def test_files_of_results_are_found_where_the_run_left_them(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_RESULTS", str(tmp_path / "own"))
+    book = project / "book" / "results" / "a.safetensors"
+    assert results.find("a.safetensors") == book  # what the run has not left is the book's
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.safetensors").touch()
+    assert results.find("a.safetensors") == tmp_path / "own" / "a.safetensors"
+    assert results.find("a.safetensors", tmp_path) == tmp_path / "a.safetensors"
 
 
 def test_bad_results_are_refused(project):
