@@ -145,7 +145,7 @@ def book() -> Path:
 
 
 def find(file: str, directory: str | Path | None = None) -> Path:
-    """Where a file of results is read from, there or not: `directory`, else this run's own `folder`, else the book's."""
+    """Where a file of results is read from, there or not: `directory`, else this run's `folder`, else the book."""
     if directory is not None:
         return Path(directory) / file
     own = folder() / file

@@ -1,5 +1,6 @@
 """Results with their provenance, and whose they are."""
 
+import json
 import subprocess
 from types import SimpleNamespace
 
