@@ -234,7 +234,9 @@ def _check(name: str, value: Any, rule: Any, quick: Any = None) -> Any:
 
     if isinstance(rule, list):
         if not isinstance(value, (list, tuple)) or not value:
-            raise wrong("a list with at least one entry")
+            text = value if isinstance(value, str) else repr(value)
+            example = text if text[:1] in "[(" else f"[{text}]"
+            raise wrong("a list with at least one entry" + f" (papermill takes lists by -y '{name}: {example}')")
         samples = quick if isinstance(quick, (list, tuple)) and quick else value
         whole = next((q for q in samples if isinstance(q, float)), samples[0])
         return [_check(f"{name}[{i}]", entry, rule[0], whole) for i, entry in enumerate(value)]

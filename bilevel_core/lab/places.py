@@ -58,14 +58,19 @@ def work_dir(path: str | Path | None = "") -> Path:
     """
     chosen = path or os.environ.get("BILEVEL_WORK_DIR") or project_root() / "_runs"
     folder = expand(chosen, "work_dir" if path else "BILEVEL_WORK_DIR").resolve()
+    return writable(folder, "work_dir")
+
+
+def writable(folder: Path, name: str) -> Path:
+    """`folder`, created if need be. Raises OSError, with a remedy, where it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"work_dir {str(folder)!r} cannot be created ({error}): choose a writable folder") from error
+        raise OSError(f"{name} {str(folder)!r} cannot be created ({error}): choose a writable folder") from error
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"work_dir {str(folder)!r} cannot be written to ({error}): choose a writable folder") from error
+        raise OSError(f"{name} {str(folder)!r} cannot be written to ({error}): choose a writable folder") from error
     return folder
 
 

@@ -67,6 +67,11 @@ def test_profile_expands_what_was_not_set(project):
         ({"lr": float("nan")}, "lr = nan is not allowed"),
         ({"lr": "1e-3"}, "YAML reads 1e-3 as text: write 0.001"),
         ({"gammas": []}, "list with at least one entry"),
+        (
+            {"gammas": "[1.0, 2.0]"},
+            r"list with at least one entry \(papermill takes lists by -y 'gammas: \[1.0, 2.0\]'\)",
+        ),
+        ({"gammas": 3.0}, r"list with at least one entry \(papermill takes lists by -y 'gammas: \[3.0\]'\)"),
         ({"gammas": [1.0, -2.0]}, r"gammas\[1\] = -2.0 is not allowed"),
         ({"work_dir": 3}, "work_dir = 3 is not allowed: it must be of type str"),
     ],
@@ -194,6 +199,24 @@ def test_a_profile_by_name_and_its_file_are_the_same(path, tmp_path, monkeypatch
         assert found[0] == found[2] and found[1] == found[3], profile
         assert found[0] == quick | file
         assert "seed" not in rules or found[1] == found[0] | {"seed": 7}
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebooks_seed_is_the_first_of_its_studys(path):
+    """No study counts its seeds from 0 whatever `seed` says; what is recorded says the same."""
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join(cells)
+    counted = re.findall(r".{0,30}range\(P\.(?:study|ablation)_seeds\)", code)
+    assert all(
+        found.endswith(("P.seed + i for i in range(P.study_seeds)", "P.seed + i for i in range(P.ablation_seeds)"))
+        for found in counted
+    ), counted
+    if "study_seeds = " in code:
+        assert "seed = 0  # of what is drawn live, and the first of the study's" in code
+        assert re.search(r"first\"?[=:] ?P\.seed|run\(seeds|for run in runs", code)
+        assert "seeds=[P.seed + i for i" in code or "seeds=seeds" in code or "seeds=runs" in code
+    for file in re.findall(r"write\w*\(.*book/results", code) + re.findall(r'store\([^)]*"book/results', code):
+        raise AssertionError(f"{file}: a run of its own would replace the book's")
 
 
 def test_literals_refuse_code():
