@@ -1,6 +1,6 @@
 """What a guided step of Stable Diffusion takes: counted without any memory, or measured at full size.
 
-`python -m bilevel_core.lab.studies.memory --side 256` measures one setting in a process of its own and prints it as JSON.
+`python -m bilevel_core.lab.studies.memory --side 256` measures one setting in a process of its own, printed as JSON.
 Weights are random, which changes neither time nor memory.
 """
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bilevel_core import guidance, oracles, samplers, schedules
-from bilevel_core.lab import adapters
+from bilevel_core.lab.models import adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' arithmetic of numpy and torch
 

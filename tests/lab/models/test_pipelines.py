@@ -93,7 +93,7 @@ def test_zero_terminal_snr_is_guided_drawn_as_particles_and_counted(scale):
     guided, spent = chain.sample(PROMPT, 3, 0, wrap=lambda d: chain.guide(d, brightness, 0.002))
     assert cost == 3 * 4 * passes and spent == cost + 2 * 3 * passes  # two guided steps, each with a backward pass
     assert (brightness(chain.decode(guided)) > brightness(chain.decode(plain)) + 0.003).all()
-    found = finetuning.particles(chain, PROMPT, brightness, 1.0, 4, 0, {"low": brightness})
+    found = chains.particles(chain, PROMPT, brightness, 1.0, 4, 0, {"low": brightness})
     assert all(torch.isfinite(found[name]).all() for name in ("low", "log_w", "log_z"))
 
 
