@@ -1,10 +1,8 @@
-"""What an explorer is made of: sliders, choices, panels, lines and images; and how numbers and labels are written."""
+"""What an explorer is made of: sliders, choices, panels, lines and images."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,40 +118,3 @@ class Image:
 
     label: str
     pixels: Sequence[Sequence[float]]
-
-
-def format_number(value: float | str, spec: str = ".4g") -> str:
-    """A number as the page writes it: ".2f" decimals, ".3g" digits and 1.2 × 10⁻⁵ where very small or large."""
-    if isinstance(value, str):
-        return value
-    if math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    digits = int(spec[1:-1])
-    if spec.endswith("f"):
-        text = f"{value:.{digits}f}"
-        return (text.replace("-", "") if float(text) == 0 else text).replace("-", "−")
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    power = int(exponent)
-
-    def bare(text: str) -> str:
-        return text.rstrip("0").rstrip(".") if "." in text else text
-
-    if -4 <= power < 6:
-        return bare(f"{value:.{max(0, digits - 1 - power)}f}").replace("-", "−")
-    return f"{bare(mantissa)} × 10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}".replace("-", "−")
-
-
-def strip(text: str) -> str:
-    return re.sub(r"([_^])\{([^}]*)\}", r"\1\2", text)
-
-
-def markup(text: str, tag: bool) -> str:
-    """_{...} and ^{...} as HTML (tag) or as matplotlib's mathtext."""
-    if tag:
-        names = {"_": "sub", "^": "sup"}
-        return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"<{names[m[1]]}>{m[2]}</{names[m[1]]}>", html.escape(text))
-    return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"$\\mathrm{{{{}}}}{m[1]}{{{m[2]}}}$", text)

@@ -24,7 +24,8 @@
     const power = Number(exponent);
     const bare = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
     if (power >= -4 && power < 6) return minus(bare(value.toFixed(Math.max(0, digits - 1 - power))));
-    return minus(bare(mantissa)) + " × 10" + [...String(power)].map((c) => SUPER[c]).join("");
+    const lead = minus(bare(mantissa)).replace(/^(−?)1$/, "$1"), raised = "10" + [...String(power)].map((c) => SUPER[c]).join("");
+    return lead && lead !== "−" ? `${lead} × ${raised}` : lead + raised;
   }
 
   // "L_{γ}(λ)" -> [["L", ""], ["γ", "_"], ["(λ)", ""]]

@@ -21,7 +21,8 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from .controls import ROLES, Choice, Image, Line, Panel, Slider, format_number, markup, strip
+from ..writing import format_number, markup, strip
+from .controls import ROLES, Choice, Image, Line, Panel, Slider
 
 _COLOURS = {  # the rest of the dark theme; the light one is in engine.css
     "bg": "#171b21",

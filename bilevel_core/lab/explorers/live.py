@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .controls import ROLES, Choice, Panel, Slider, format_number, markup, strip
+from ..writing import format_number, markup, strip
+from .controls import ROLES, Choice, Panel, Slider
 
 
 class Plots:

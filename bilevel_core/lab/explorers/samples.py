@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .controls import Choice, Image, Line, Panel, Slider, format_number
+from ..writing import format_number
+from .controls import Choice, Image, Line, Panel, Slider
 from .engine import Explorer, read_asset
 
 _GREYS = 64  # levels that a pixel is kept in, each a character from "0" on

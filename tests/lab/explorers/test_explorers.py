@@ -19,7 +19,8 @@ from bilevel_core.lab.explorers import gamma as gamma_side
 from bilevel_core.lab.explorers import lam as lam_side
 from bilevel_core.lab.explorers import schedule as schedule_side
 from bilevel_core.lab.explorers import tilt as tilt_side
-from bilevel_core.lab.explorers.controls import ROLES, format_number
+from bilevel_core.lab.explorers.controls import ROLES
+from bilevel_core.lab.writing import format_number
 
 DIGIT = (torch.arange(64, dtype=torch.float64).reshape(8, 8) * 0.37).sin()
 
