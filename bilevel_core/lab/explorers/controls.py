@@ -26,6 +26,7 @@ class Slider:
     step    distance of neighbouring values of a linear slider
     log     values per decade of a logarithmic one (its values are rounded to two digits: 1, 1.1, 1.3, ...)
     format  ".2f" decimals or ".3g" significant digits
+    names   what is shown in place of each of its values
     """
 
     name: str
@@ -37,8 +38,11 @@ class Slider:
     log: int = 0
     format: str = ".2f"
     hint: str = ""
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.grid()):
+            raise ValueError(f"slider {self.name}: {len(self.names)} names for {len(self.grid())} values")
         if not self.min < self.max or not self.min <= self.value <= self.max:
             raise ValueError(f"slider {self.name}: need min < max and min <= value <= max, got {self}")
         if self.log and self.min <= 0:
@@ -99,7 +103,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, or with `shape` "area", "points", "vline" (x holds one value), "hline" (y holds one value)."""
+    """A curve, or with `shape` "area", "points", "vline" (x holds one value), "hline" (y holds one value).
+
+    Lines of one panel that share label, role and shape share an entry of the legend.
+    """
 
     label: str
     x: Sequence[float]
