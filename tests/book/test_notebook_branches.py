@@ -48,7 +48,7 @@ STUDIES: dict[str, tuple[dict, dict[str, str]]] = {
     "07_noise_schedule_mnist": (
         {"live_name": "digits8", "live_warm_steps": 5, "live_steps": 2, "live_samples": 70, "study_seeds": 2}
         | {"ablation_seeds": 2, "study_name": "digits8", "T": 50, "batch_size": 16, "warm_steps": 2, "trials": 3}
-        | {"trial_steps": 1, "val_samples": 70, "val_steps": 2, "final_steps": 2, "study_samples": 70}
+        | {"trial_steps": 1, "val_samples": 70, "val_steps": 10, "final_steps": 2, "study_samples": 70}
         | {"study_grids": [10, 20, 50]},
         {"recorded": "07_noise_schedule_mnist", "full": "07_noise_schedule_mnist_full"},
     ),
@@ -288,6 +288,12 @@ def test_chapter_8_says_at_once_what_cannot_be_loaded(play, my_model, which, tmp
     cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
     ran = [cell for cell in cells if cell.cell_type == "code" and cell.execution_count]
     assert len(ran) <= 8, "nothing of the chapter ran before"
+
+
+@pytest.mark.slow
+def test_chapter_7_refuses_grids_on_which_nothing_could_be_compared(play):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"study_grids = \[2, 4\] must hold val_steps = 3"):
+        play("07_noise_schedule_mnist", {"PROFILE": "smoke", "val_steps": 3, "study_grids": [2, 4]})
 
 
 # The survey's pieces as if they had been measured: what the book's own record holds.
