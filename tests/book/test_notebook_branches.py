@@ -59,7 +59,7 @@ STUDIES: dict[str, tuple[dict, dict[str, str]]] = {
         {"recorded": "09_lambda", "full": "09_lambda_full"},
     ),
     "appendix_text_models": (
-        {"shown": 1, "study_seeds": 1, "choice_scales": [2.0], "choice_steps": [10], "study_samples": 18}
+        {"shown": 1, "study_seeds": 2, "choice_scales": [2.0], "choice_steps": [10], "study_samples": 18}
         | {"choice_samples": 18},
         {"recorded": "appendix_text_models", "full": "appendix_text_models_full"},
     ),
