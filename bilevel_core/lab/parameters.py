@@ -93,13 +93,15 @@ class Shown:
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
-            style = "text-align: left; vertical-align: top; padding: 0.1em 0.6em; overflow-wrap: anywhere"
-            return "<tr>" + "".join(f'<{tag} style="{style}">{cell}</{tag}>' for cell in cells) + "</tr>"
+            style = "text-align: left; vertical-align: top; padding: 0.1em 0.6em; "
+            wraps = ("white-space: nowrap", *["overflow-wrap: anywhere"] * 2)  # names stay whole, values need not
+            made = (f'<{tag} style="{style}{wrap}">{cell}</{tag}>' for wrap, cell in zip(wraps, cells, strict=True))
+            return f"<tr>{''.join(made)}</tr>"
 
         body = []
         for name, value, before in self.rows:
             value = html.escape(value)
-            now, before = (value, "the same") if before is None else (f"<b>{value}</b>", html.escape(before))
+            now, before = (value, "same") if before is None else (f"<b>{value}</b>", html.escape(before))
             body.append(line((name, now, before), "td"))
         head = f"<thead>{line(('parameter', 'value', 'in quick'), 'th')}</thead>"
         table = f'<table class="dataframe" style="font-size: 0.88em">{head}<tbody>{"".join(body)}</tbody></table>'

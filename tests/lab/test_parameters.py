@@ -148,7 +148,7 @@ def test_what_is_shown_in_a_terminal_and_in_a_notebook(project, capsys):
     shown = parameters.Shown("demo", {**QUICK, "work_dir": "a <b>", "steps": 3}, QUICK)._repr_html_()
     assert shown.startswith("<details><summary>Parameters of demo, profile quick: 5, 2 not as in quick</summary><table")
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in shown.split("<tr>")[2:]]
-    assert cells[1] == ["steps", "<b>3</b>", "100"] and cells[2] == ["lr", "0.5", "the same"]
+    assert cells[1] == ["steps", "<b>3</b>", "100"] and cells[2] == ["lr", "0.5", "same"]
     assert cells[4] == ["work_dir", "<b>&#x27;a &lt;b&gt;&#x27;</b>", "&#x27;&#x27;"]
     assert "color" not in shown and "width" not in shown.replace("overflow-wrap", "")  # the page's own, light or dark
 

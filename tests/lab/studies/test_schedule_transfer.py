@@ -221,7 +221,7 @@ def test_the_whole_study_resumes_and_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule_transfer, "TIMES", {"samples": 70, "rounds": 2, "rate": 0.02})
     study = schedule_transfer.Study(PLAN, tmp_path / "a", GIVEN, force=True)
     path = schedule_transfer.record(study, [0], tier="smoke")
-    result = results.read_result("09_schedules")
+    result = results.read_result("09_schedules", path.parent)
     schedule_transfer.check_protocol(result["protocol"])
     found = result["data"]
     assert path.name == "09_schedules.json" and result["provenance"]["cost"]["units"] > 0
