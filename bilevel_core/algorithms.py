@@ -1,9 +1,11 @@
 """The bilevel loops as generators: each step yields a small frozen record, so a caller can plot, stop and resume."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import estimators, schedules
+from .seeds import check_seed, derive_seed, seeded
+
+LARGE = 5.0  # root mean square from which data are not of the scale of the noise: pixel values 0..255, or 0..16
 
 
 class BilevelProblem(Protocol):
@@ -92,6 +97,7 @@ class TiltSamples:
 
     r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
     at     the lam whose tilt they were drawn from; infinity: p_0 itself;  parts: the sets that `pooled` joined
+    Raises ValueError, naming the reward, if one is not finite.
     """
 
     r_up: Tensor
@@ -101,6 +107,10 @@ class TiltSamples:
     round: int = 0
     at: float = math.inf
     parts: tuple["TiltSamples", ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        for name in ("r_up", "r_low"):
+            estimators.check_rewards(name, getattr(self, name))
 
     @classmethod
     def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0):
@@ -228,7 +238,7 @@ def learn_lam(
     pool       True reweights all that was ever drawn, by `TiltSamples.pooled`, instead of the last samples alone
     stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
                log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
-    resume     continue after this record, as if never stopped
+    resume     continue after this record, as if never stopped; gamma and samples must be what they were
     Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
     or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. Raises ValueError for a bad lam,
     gamma or samples, or if min_ess is out of reach.
@@ -238,6 +248,9 @@ def learn_lam(
     low, high = (torch.tensor(bound, dtype=torch.float64).log() for bound in bounds)
     reach = low if draw else _smallest_log_lam(samples, low, high, min_ess)
     previous = resume and resume.outer
+    if resume and resume.round == 0:
+        now = {"gamma": gamma(resume.k) if callable(gamma) else gamma, "samples": fingerprint(samples.r_low)}
+        refuse_changes({"gamma": resume.gamma, "samples": fingerprint(previous.p_star.r_low)}, now)
     if reach > math.log(lam):
         warnings.warn(
             f"lam starts at {reach.exp():.3g}, not {lam:g}: the samples reach no further down; pass draw", stacklevel=2
@@ -300,11 +313,88 @@ def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: 
     return high
 
 
-def refuse_changes(saved: dict, config: dict) -> None:
-    """Raises ValueError, naming what differs, unless a saved run had the parameters `config`."""
-    changed = ", ".join(f"{n}: {saved.get(n)} -> {config[n]}" for n in sorted(config) if saved.get(n) != config[n])
+def refuse_changes(saved: dict, config: dict, what: str = "parameters") -> None:
+    """Raises ValueError, naming what differs, unless a saved run had the parameters (or `what`) `config`."""
+    changed = [f"{n}: {saved.get(n)} -> {config[n]}" for n in sorted(config) if saved.get(n) != config[n]]
     if changed:
-        raise ValueError(f"the saved run has other parameters ({changed}); restore them or use another work_dir")
+        said = ", ".join(changed[:9] + [f"and {len(changed) - 9} more"] * (len(changed) > 9))
+        raise ValueError(f"the saved run has other {what} ({said}); restore them or use another work_dir")
+
+
+def plain(value: object) -> object:
+    """A parameter as JSON can hold it: functions and classes by name, tensors and numbers of numpy by their values."""
+    if isinstance(value, functools.partial):
+        value = [value.func, *value.args, {name: plain(v) for name, v in value.keywords.items()}]
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
+
+
+@contextmanager
+def in_mode(training: bool, *networks: object) -> Iterator[None]:
+    """Networks in training or evaluation mode within it, and each of their modules as it was after it.
+
+    Evaluation mode has no dropout and takes the running statistics of batch norms. What is no nn.Module is left alone.
+    """
+    networks = [network for network in networks if isinstance(network, nn.Module)]
+    before = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.train(training)
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+class Inputs:
+    """What a loop is given besides its state: checked, and after `load` compared with what the saved run was given.
+
+    x0      the data seen last, which are not looked at again
+    prints  fingerprints of data and schedule, ready for JSON;  saved: those of the saved run, until they are compared
+    """
+
+    def __init__(self):
+        self.x0, self.prints, self.saved = None, {}, {}
+
+    def load(self, prints: dict) -> None:
+        """Expects what a saved run was given, at the next `check`."""
+        self.x0, self.prints, self.saved = None, prints, prints
+
+    def check(self, x0: Tensor, abar: Tensor | None = None) -> None:
+        """Raises ValueError unless x0 is finite floats of the scale of noise, and both are what the saved run had."""
+        prints = dict(self.prints)
+        if x0 is not self.x0:
+            _check_data(x0)
+            prints["x0"] = fingerprint(x0)
+        if abar is not None:
+            prints["abar"] = [len(abar) - 1, *(f"{a:.6g}" for a in abar[:: max(1, len(abar) // 8)].tolist())]
+        refuse_changes(self.saved, {name: prints.get(name) for name in self.saved}, "data or schedule")
+        self.x0, self.prints, self.saved = x0, prints, {}
+
+
+def _check_data(x0: Tensor) -> None:
+    what = f"x0 of shape {tuple(x0.shape)}"
+    if not len(x0):
+        raise ValueError(f"{what} is empty")
+    low, high, size = x0.min().item(), x0.max().item(), LARGE * x0.numel() ** 0.5
+    if not math.isfinite(high - low):
+        raise ValueError(f"{what} must be finite")
+    far = max(-low, high) > LARGE and torch.linalg.vector_norm(x0.float(), dtype=torch.float64) > size
+    if far or not x0.is_floating_point():
+        remedy = "scale it to about [-1, 1], from 0..255 by x0.float() / 127.5 - 1"
+        raise ValueError(f"{what} has {x0.dtype} values from {low:g} to {high:g}: {remedy}")
+
+
+def fingerprint(x: Tensor) -> list:
+    """Type, shape and two sums over the bits of x (n, ...): the same on every device, another for other data."""
+    rows, size = x.detach().contiguous().reshape(len(x), -1), x.element_size()
+    if rows[0].nbytes % 8 == 0:  # eight bytes at once, where they begin at a multiple of eight
+        rows, size = rows.clone() if rows.storage_offset() * size % 8 else rows, 8
+    sums = [rows.view(getattr(torch, f"int{8 * size}")).sum(i, dtype=torch.int64) for i in (0, 1)]  # modulo 2^64
+    return [str(x.dtype), list(x.shape), *(int((s * torch.arange(1, len(s) + 1).to(s)).sum()) for s in sums)]
 
 
 @dataclass(frozen=True)
@@ -326,7 +416,8 @@ class ScoreTraining:
     warmup      steps over which the learning rate rises linearly
     decay_steps cosine decay of the learning rate to zero at this step; 0: constant
     ema_decay   decay of the moving average of the weights, itself warmed up as (1 + n)/(10 + n)
-    seed        of the generator that draws batches, times and noise
+    seed        of the generator that draws batches, times and noise, and of the network's own noise, in 0..2^32 - 1
+    `ema`, the average, is in evaluation mode; buffers, such as a batch norm's statistics, are those of the last step.
     """
 
     denoiser: nn.Module
@@ -339,6 +430,7 @@ class ScoreTraining:
     step: int = field(default=0, init=False)
     cost: int = field(default=0, init=False)
     losses: list[float] = field(default_factory=list, init=False)
+    inputs: Inputs = field(default_factory=Inputs, init=False, repr=False)
 
     def __post_init__(self):
         for name, low in (("batch_size", 1), ("lr", 1e-12), ("warmup", 0), ("decay_steps", 0), ("ema_decay", 0)):
@@ -346,12 +438,14 @@ class ScoreTraining:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {low}")
         if not self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay} must be below 1, or the average never moves")
+        seed = check_seed(self.seed)
         device = next(self.denoiser.parameters()).device
-        self.generator = torch.Generator(device).manual_seed(self.seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=self.lr)
         self.ema = torch.optim.swa_utils.AveragedModel(
             self.denoiser, multi_avg_fn=lambda ema, now, n: torch._foreach_lerp_(ema, now, self._ema_weight(int(n)))
-        ).requires_grad_(False)
+        )
+        self.ema.requires_grad_(False).eval()
 
     def _ema_weight(self, n: int) -> float:
         return 1 - min(self.ema_decay, (1 + n) / (10 + n))
@@ -367,16 +461,21 @@ class ScoreTraining:
     def update(self, loss: Tensor, cost: int = 0) -> float:
         """One optimiser step down the gradient of `loss`, which cost that many image forwards; returns its value.
 
-        Raises FloatingPointError, before the weights are touched, if the loss is not finite.
+        Raises FloatingPointError, before the weights are touched, if the loss or its gradient is not finite.
         """
         value = loss.item()
-        if not value < float("inf"):
+        if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {self.step + 1}; lower lr = {self.lr} or resume the last checkpoint"
             )
         self.optimizer.param_groups[0]["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
         loss.backward()
+        slopes = [w.grad for w in self.denoiser.parameters() if w.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(slopes, float("inf"))):
+            self.optimizer.zero_grad()
+            where = f"at step {self.step + 1}, though the loss is {value:g}: something in it is like a square root at 0"
+            raise FloatingPointError(f"the gradient of the loss is not finite {where}")
         self.optimizer.step()
         self.ema.update_parameters(self.denoiser)
         self.step += 1
@@ -386,7 +485,8 @@ class ScoreTraining:
 
     def config(self) -> dict:
         """The parameters that a resumed run must share."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "denoiser"}
+        names = [f.name for f in dataclasses.fields(self) if f.init and f.name != "denoiser"]
+        return {name: plain(getattr(self, name)) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, their average, optimiser moments, generator state and losses, under flat names."""
@@ -399,17 +499,22 @@ class ScoreTraining:
         return out
 
     def meta(self) -> dict:
-        """Step, cost and configuration, ready for JSON."""
-        return {"step": self.step, "cost": self.cost, "config": self.config()}
+        """Step, cost, configuration and fingerprints of the data and the schedule, ready for JSON."""
+        return {"step": self.step, "cost": self.cost, "config": self.config(), "given": self.inputs.prints}
 
     def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Continues from a saved state, bit for bit. Raises ValueError if a parameter differs, naming it."""
+        """Continues from a saved state, bit for bit. Raises ValueError, naming it, if a parameter or weight differs."""
         refuse_changes(meta["config"], self.config())
 
         def part(prefix: str) -> dict[str, Tensor]:
             # Clones: the optimiser would else go on in the given tensors themselves.
             return {n[len(prefix) :]: value.clone() for n, value in tensors.items() if n.startswith(prefix)}
 
+        saved, own = (
+            {name: f"{w.dtype} {tuple(w.shape)}" for name, w in weights.items()}
+            for weights in (part("denoiser."), self.denoiser.state_dict())
+        )
+        refuse_changes(saved, dict.fromkeys(saved) | own, "weights")
         self.denoiser.load_state_dict(part("denoiser."))
         self.ema.load_state_dict(part("ema."))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -421,6 +526,7 @@ class ScoreTraining:
         self.generator.set_state(tensors["generator"].cpu())
         self.losses = tensors["losses"].tolist()
         self.step, self.cost = meta["step"], meta["cost"]
+        self.inputs.load(meta.get("given", {}))
 
 
 def train_score(
@@ -434,25 +540,29 @@ def train_score(
 ) -> Iterator[TrainStep]:
     """Algorithm 3: trains eps_theta by E ||eps_theta(x_t, t) - eps||^2 over x_0, t ~ U{1..T}, eps ~ N(0, I).
 
-    state      where to start and what is updated in place
-    x0         (n, ...) data on the denoiser's device
+    state      where to start and what is updated in place; its denoiser is in training mode within a step alone
+    x0         (n, ...) data on the denoiser's device, floats of about [-1, 1]
     abar       (T+1,) signal levels
     steps      number of steps in all, those already in `state` included
     condition  (rows (B,) of x0, generator) -> what a conditional denoiser takes as its third argument, such as captions
     extra      (denoiser, step) -> a second loss (), added to the first, such as f/gamma in Algorithm 6; its cost is not
                counted here
-    Yields a TrainStep for each. Raises FloatingPointError, before the weights are touched, if the loss is not finite.
+    Yields a TrainStep for each. What the network draws itself, as in dropout, depends on seed and step alone, so that a
+    resumed run equals an uninterrupted one. Raises FloatingPointError, before the weights are touched, if the loss or
+    its gradient is not finite, ValueError if the data are not as above or a resumed run had other data or levels.
     """
     T = len(abar) - 1
+    state.inputs.check(x0, abar)
     while state.step < steps:
-        draw = {"generator": state.generator, "device": x0.device}
-        rows = torch.randint(len(x0), (state.batch_size,), **draw)
-        x, given = x0[rows], () if condition is None else (condition(rows, state.generator),)
-        t = torch.randint(1, T + 1, (len(x),), **draw)
-        eps = torch.randn(x.shape, **draw, dtype=x.dtype)
-        x_t = schedules.noise(x, eps, abar[t.to(abar.device)])
-        loss = (state.denoiser(x_t, t, *given) - eps).square().mean()
-        if extra is not None:
-            loss = loss + extra(state.denoiser, state.step)
-        value = state.update(loss, 3 * len(x))
+        with in_mode(True, state.denoiser), seeded(derive_seed("network", state.seed, state.step), x0.device):
+            draw = {"generator": state.generator, "device": x0.device}
+            rows = torch.randint(len(x0), (state.batch_size,), **draw)
+            x, given = x0[rows], () if condition is None else (condition(rows, state.generator),)
+            t = torch.randint(1, T + 1, (len(x),), **draw)
+            eps = torch.randn(x.shape, **draw, dtype=x.dtype)
+            x_t = schedules.noise(x, eps, abar[t.to(abar.device)])
+            loss = (state.denoiser(x_t, t, *given) - eps).square().mean()
+            if extra is not None:
+                loss = loss + extra(state.denoiser, state.step)
+            value = state.update(loss, 3 * len(x))
         yield TrainStep(state.step, value, state.cost)

@@ -2,11 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .seeds import derive_seed
 
 
 def penalty_grad(problem: object, x: Tensor, p_star: object, p_gamma: object, gamma: float) -> tuple[Tensor, dict]:
@@ -15,19 +19,23 @@ def penalty_grad(problem: object, x: Tensor, p_star: object, p_gamma: object, ga
     problem  an `algorithms.BilevelProblem`: f and g, differentiable in x
     x        any shape;  p_star, p_gamma: its two lower-level solutions at x;  gamma > 0
     Returns grad (shape of x) and info: "f" at p_gamma and "gap" = g(x, p_gamma) - g(x, p_star) >= 0, as floats. By
-    Danskin's theorem no derivative of p_star or p_gamma is needed.
+    Danskin's theorem no derivative of p_star or p_gamma is needed. Warns where gamma is so large that the difference of
+    the two slopes of g, of order 1/gamma, is lost in their rounding: then p_gamma is p_star, and f is not descended.
     """
     x = x.detach().requires_grad_()
-    f = problem.f(x, p_gamma)
-    gap = problem.g(x, p_gamma) - problem.g(x, p_star)
-    (grad,) = torch.autograd.grad(f + gamma * gap, x)
+    f, g_star = problem.f(x, p_gamma), problem.g(x, p_star)
+    gap, rounding = problem.g(x, p_gamma) - g_star, gamma * torch.finfo(x.dtype).eps
+    (grad,) = torch.autograd.grad(f + gamma * gap, x, retain_graph=True)
+    if rounding > 1e-3 and rounding * torch.autograd.grad(g_star, x)[0].abs().max() > grad.abs().max() / 10:
+        warnings.warn(f"gamma = {gamma:g} is too large: the gradient is of the size of its rounding", stacklevel=2)
     return grad, {"f": f.item(), "gap": gap.item()}
 
 
 # ---------------------------------------------------------------- the gradient of a sampled objective in q
 #
 # f(q, seed) -> () draws whatever is random in it (x_T, a minibatch) from the seed alone. Common random numbers, the
-# default, give both sides of a difference the same seed; without them the noise of f is divided by delta.
+# default, give both sides of a difference the same seed; without them the noise of f is divided by delta. Directions,
+# and draws of f that are not common, have streams of their own (`derive_seed`), apart from f's and from other seeds'.
 
 Objective = Callable[[Tensor, int], Tensor]
 
@@ -47,11 +55,10 @@ def q_grad_two_point(
     delta = _lengths(delta, q)
     if directions < 1:
         raise ValueError(f"directions = {directions} must be at least 1")
-    generator, draws, values = torch.Generator().manual_seed(seed), [], []
+    generator, draws, values = torch.Generator().manual_seed(derive_seed("directions", seed)), [], []
     for k in range(directions):
         u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
-        seeds = (seed, seed) if common else (seed + 2 * k + 1, seed + 2 * k + 2)
-        high, low = (_value(f, q + sign * delta * u, s) for sign, s in zip((1, -1), seeds, strict=True))
+        high, low = (_value(f, q + sign * delta * u, _seed(seed, common, k, sign)) for sign in (1, -1))
         draws.append((high - low) / 2 * u / delta)
         values += [high, low]
     draws = torch.stack(draws)
@@ -72,7 +79,8 @@ def q_grad_one_point(
     delta = _lengths(delta, q)
     if not math.isfinite(previous):
         raise ValueError(f"previous = {previous} must be finite: start with f(q)")
-    u = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(q)
+    generator = torch.Generator().manual_seed(derive_seed("directions", seed))
+    u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
     value = _value(f, q + delta * u, seed if f_seed is None else f_seed)
     return (value - previous) * u / delta, {"calls": 1, "f": value.item(), "se": None}
 
@@ -85,8 +93,7 @@ def q_grad_coordinates(
     delta = _lengths(delta, q)
     grad, values = torch.zeros_like(q), []
     for i, step in enumerate(torch.diag(delta)):
-        seeds = (seed, seed) if common else (seed + 2 * i + 1, seed + 2 * i + 2)
-        high, low = (_value(f, q + sign * step, s) for sign, s in zip((1, -1), seeds, strict=True))
+        high, low = (_value(f, q + sign * step, _seed(seed, common, i, sign)) for sign in (1, -1))
         grad[i] = (high - low) / (2 * delta[i])
         values += [high, low]
     return grad, {"calls": 2 * len(q), "f": torch.stack(values).mean().item(), "se": None}
@@ -96,17 +103,39 @@ def q_grad_forward(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]
     """Pathwise, forward mode: one jvp through all of f for each coordinate. Exact for this seed; memory does not grow
     with the number of sampling steps. "calls": 1 for the value and one for each tangent.
 
-    Attention by fused kernels has no forward mode: use networks without it, or torch's math backend.
+    Fused kernels of attention have no forward mode, so torch's plain ones are used within. Raises RuntimeError, naming
+    the remedy, where some other operation has none (torch's GroupNorm under autocast, kernels of other packages).
     """
 
     def run(q: Tensor) -> Tensor:
         return f(q, seed)
 
     grad = []
-    for direction in torch.eye(len(q), dtype=q.dtype, device=q.device):
-        value, slope = torch.func.jvp(run, (q.detach(),), (direction,))
-        grad.append(slope.to(q))
+    try:
+        with _plain_attention():
+            for direction in torch.eye(len(q), dtype=q.dtype, device=q.device):
+                value, slope = torch.func.jvp(run, (q.detach(),), (direction,))
+                grad.append(slope.to(q))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        with torch.no_grad():
+            run(q)  # raises its own error where forward mode is not to blame
+        said = f"f works, but not in forward mode ({str(error).splitlines()[0]})"
+        raise RuntimeError(f"{said}: pass estimator=estimators.q_grad_reverse") from error
     return torch.stack(grad).detach(), {"calls": 1 + len(q), "f": value.item(), "se": None}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by matrix products and softmax, which can be differentiated in any mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # of nn.MultiheadAttention in evaluation mode
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def q_grad_reverse(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]:
@@ -125,9 +154,13 @@ def _lengths(delta: Tensor | float, q: Tensor) -> Tensor:
     return delta.expand(q.shape)
 
 
+def _seed(seed: int, common: bool, k: int, sign: int) -> int:
+    return seed if common else derive_seed("f", seed, k, sign)
+
+
 def _value(f: Objective, q: Tensor, seed: int) -> Tensor:
     with torch.no_grad():
-        value = f(q, seed).double()
+        value = f(q, seed).double().to(q.device)
     if not torch.isfinite(value):
         raise FloatingPointError(f"f = {value.item()} at q = {q.tolist()}: lower delta, or project q with a margin")
     return value
@@ -152,7 +185,7 @@ def tilt_weights(r: Tensor, lam: Tensor | float, log_w: Tensor | None = None) ->
                  added to them shifts log_z and kl, and changes nothing else.
     Returns (n,), summing to one, biased by O(1/n), and info: "ess" = 1/sum w^2, "log_z" = log E_{p_0} exp(r/lam), "kl"
     = KL of the tilted law from p_0, and "warning", a text where ess < MIN_ESS (also given as a warning), else None.
-    Raises ValueError if lam <= 0, a value is not finite, shapes disagree or n < 2.
+    Raises ValueError if lam <= 0 or too small for r/lam, a value is not finite, shapes disagree or n < 2.
     """
     _, rows, lams, log_w = _inputs(r, r, lam, log_w)
     p, log_z, kl = _tilt(log_w, rows[0] / lams[0])
@@ -165,22 +198,23 @@ def lam_grad_penalty(
     """dL_gamma/dlam = gamma (KL(p_gamma || p_0) - KL(p_star || p_0)), equations (A) and (B), by reweighting.
 
     r_up, r_low  (n,)  upper and lower rewards of the same samples of p_0
-    lam          ()    entropy strength > 0;  gamma > 0, may be infinite: then `lam_grad_cov`
+    lam          ()    entropy strength > 0;  gamma > 0, may be infinite
     log_w        (n,)  optional log-weights of the samples, as in `tilt_weights`
     Returns the gradient (), float64, and info: "se" its standard error, "ess" the smaller effective sample size of the
-    two laws, "warning" as in `tilt_weights`. Both laws share the samples, so the error stays bounded as gamma grows.
-    Raises ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
+    two laws, "warning" as in `tilt_weights`. Both laws share the samples, and their difference is taken before it is
+    multiplied, so standard error and rounding stay bounded as gamma grows: the limit is `lam_grad_cov`, at infinity and
+    before. Raises ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
     """
     r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
     if gamma == float("inf"):
         return lam_grad_cov(r_up, rows[0], lam, log_w)
-    grad, influence, squares = 0.0, 0.0, []
-    for sign, h in ((gamma, (r_up / gamma + rows[0]) / lams[0]), (-gamma, rows[0] / lams[0])):
-        p, _, kl = _tilt(log_w, h)
-        grad = grad + sign * kl
-        influence = influence + sign * p * (h - (p * h).sum() - 1)  # the +1 of each law's influence cancels
-        squares.append(p.square().sum())
-    return grad, _report(max(squares), lam, influence)
+    p, h, p_gamma, d, rise, change = _two_laws(log_w, r_up, rows[0], lams[0], gamma)
+    # KL_gamma - KL_star = E_gamma[h + d] - E_star[h] - rise, its influence p_gamma (h + d - E_gamma[h + d] - 1)
+    # - p_star (h - E_star[h] - 1), with h centred at E_star[h] = 0
+    further = (change * h).sum()
+    grad = gamma * (further + (p_gamma * (d - rise)).sum())
+    influence = gamma * (change * (h - 1) + p_gamma * (d - (p_gamma * d).sum() - further))
+    return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
 
 
 def lam_grad_cov(r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor | None = None) -> tuple[Tensor, dict]:
@@ -217,16 +251,15 @@ def lam_grad_released_est1(
     """The released code's first estimator, for comparison only: gamma (KL(p_0 || p_gamma) - KL(p_0 || p_star)).
 
     The arguments of both KL are swapped. As gamma grows its root is where E_{p_star}[r_up] has fallen back to
-    E_{p_0}[r_up], not where it is largest. Arguments (gamma finite), result and errors as for `lam_grad_penalty`.
+    E_{p_0}[r_up], not where it is largest: (E_{p_star}[r_up] - E_{p_0}[r_up])/lam is the limit. Arguments, result and
+    errors as for `lam_grad_penalty`.
     """
     r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
-    p_0 = log_w.softmax(0)
-    p_star, log_z, _ = _tilt(log_w, rows[0] / lams[0])
-    p_gamma, log_z_gamma, _ = _tilt(log_w, (r_up / gamma + rows[0]) / lams[0])
-    mean = (p_0 * r_up).sum()
-    grad = gamma * (log_z_gamma - log_z) - mean / lams[0]
-    influence = gamma * (p_gamma - p_star) - p_0 * (r_up - mean) / lams[0]
-    return grad, _report(max(p_gamma.square().sum(), p_star.square().sum()), lam, influence)
+    gamma, p_0 = min(gamma, 1e100), log_w.softmax(0)  # so far out it is its limit
+    p, _, p_gamma, d, rise, change = _two_laws(log_w, r_up, rows[0], lams[0], gamma)
+    mean = (p_0 * d).sum()  # d is centred at E_star[d] = 0
+    grad, influence = gamma * (rise - mean), gamma * (change - p_0 * (d - mean))
+    return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
 
 
 def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
@@ -372,9 +405,11 @@ def _inputs(
     r_up, r_low, lam, log_w = (
         torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (r_up, r_low, lam, log_w)
     )
+    named = {"r": r_low} if rewards == 0 else {"r_up": r_up, "r_low": r_low}
     if r_up.shape != (n,) or r_low.shape != (*lam.shape, n) or lam.dim() > 1 or log_w.shape != (n,):
-        shapes = [tuple(value.shape) for value in (r_up, r_low, lam, log_w)]
-        raise ValueError(f"r_up (n,), r_low (n,) or (m, n), lam () or (m,), log_w (n,) have the shapes {shapes}")
+        shapes = [tuple(value.shape) for value in (*named.values(), lam, log_w)]
+        takes = "r (n,), lam ()" if rewards == 0 else "r_up (n,), r_low (n,) or (m, n), lam () or (m,)"
+        raise ValueError(f"{takes}, log_w (n,) have the shapes {shapes}")
     if n < 2:
         raise ValueError(f"n = {n} is too small: at least 2 samples, and at least {MIN_ESS:g} for a result to trust")
     if not ((lam > 0) & torch.isfinite(lam)).all():
@@ -384,22 +419,44 @@ def _inputs(
     rows, lams = r_low.reshape(-1, n), lam.reshape(-1)
     if rewards and len(rows) != rewards:
         raise ValueError(f"this estimator takes one lower reward, not {len(rows)}; use lam_grad_cov")
-    for name, r in (("r_up", r_up), *(("r_low", row) for row in rows)):
-        if not torch.isfinite(r).all():
-            raise ValueError(f"{name} is not finite for {(~torch.isfinite(r)).sum()} of {n} samples; drop or mend them")
-        if rewards != 0 and r.max() == r.min():
-            raise ValueError(f"{name} is {r[0]:g} for every sample, so no lambda is better than another; check it")
+    for name, values in named.items():
+        check_rewards(name, values)
+        for r in values.reshape(-1, n):
+            if rewards != 0 and r.max() == r.min():
+                raise ValueError(f"{name} is {r[0]:g} for every sample, so no lambda is better than another; check it")
     if torch.isnan(log_w).any() or (log_w == float("inf")).any() or not log_w.max() > -float("inf"):
         raise ValueError("log_w must be finite, or -inf for samples that count nothing")
     return r_up, rows, lams, log_w
 
 
+def check_rewards(name: str, r: Tensor) -> None:
+    """Raises ValueError, naming r (..., n), unless every reward is finite."""
+    if not torch.isfinite(r).all():
+        bad = (~torch.isfinite(r)).reshape(-1, r.shape[-1]).any(0).sum()
+        raise ValueError(f"{name} is not finite for {bad} of {r.shape[-1]} samples; drop or mend them")
+
+
 def _tilt(log_w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (n,) of p_0 exp(h), log Z and KL from p_0."""
     log_z = torch.logsumexp(log_w + h, 0)
+    if not torch.isfinite(log_z):
+        raise ValueError(f"reward/lam reaches {h.abs().max():g}, beyond what can be weighted: raise lam or gamma")
     p = (log_w + h - log_z).exp()
     p = p / p.sum()
     return p, log_z, (p * (h - log_z)).sum()
+
+
+def _two_laws(log_w: Tensor, r_up: Tensor, r_low: Tensor, lam: Tensor, gamma: float) -> tuple[Tensor, ...]:
+    """p_star ~ p_0 exp(h), p_gamma ~ p_star exp(d), and their difference, without cancellation for any gamma.
+
+    h and d (n,) are r_low/lam and r_up/(gamma lam), centred under p_star.
+    Returns p_star, h, p_gamma, d, rise = log E_star exp(d), change = p_gamma - p_star; (n,), rise ().
+    """
+    p, _, _ = _tilt(log_w, (r_low - r_low.mean()) / lam)
+    h, d = ((r - (p * r).sum()) / size for r, size in ((r_low, lam), (r_up, gamma * lam)))
+    p_gamma, log_z_gamma, _ = _tilt(log_w, h + d)
+    rise = torch.log1p((p * torch.expm1(d)).sum()) if d.max() < 1 else log_z_gamma - _tilt(log_w, h)[1]
+    return p, h, p_gamma, d, rise, torch.where((d - rise).abs() < 1, p * torch.expm1(d - rise), p_gamma - p)
 
 
 def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | None = None) -> dict:
@@ -422,5 +479,7 @@ def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, di
     difference = gamma * (kl_gamma.double() - kl_star.double())
     if not torch.isfinite(difference).all():
         raise ValueError("the path KLs must be finite; leave the last step unguided, or lower the guidance")
-    n = len(difference)
+    n, rounding = len(difference), gamma * torch.finfo(kl_star.dtype).eps * kl_star.abs().max()
+    if rounding > difference.square().mean().sqrt() / 10:
+        raise ValueError(f"at gamma = {gamma:g} the two agree to rounding; lower gamma, or check that r_up guides")
     return difference.mean(), {"se": difference.std() / n**0.5, "ess": float(n), "warning": None}

@@ -1,33 +1,67 @@
 """Wrappers of a denoiser: a wrapped denoiser is again a denoiser, so samplers need no options."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .samplers import ddim_coefficients
-from .schedules import per_sample
+from .samplers import check_grid, ddim_coefficients, x0_source
+from .schedules import check_abar, integer, per_sample, read
 
 
-def x0_from_eps(x: Tensor, eps_hat: Tensor, abar_t: Tensor) -> Tensor:
-    """x0_hat = (x_t - sqrt(1 - abar_t) eps_hat) / sqrt(abar_t); shapes (B, ...), abar_t () or (B,), positive."""
+def x0_from_eps(x: Tensor, eps_hat: Tensor, abar_t: Tensor | float) -> Tensor:
+    """x0_hat = (x_t - sqrt(1 - abar_t) eps_hat) / sqrt(abar_t); shapes (B, ...), abar_t () or (B,).
+
+    Raises ValueError where abar_t is not in (0, 1], which is read on a CPU alone: a GPU would have to wait for it.
+    """
     a = per_sample(abar_t, x)
+    if a.device.type == "cpu" and not read(((a > 0) & (a <= 1)).all(), True):
+        raise ValueError(f"abar_t = {a.reshape(-1).tolist()} must lie in (0, 1]: at 0, eps says nothing of x_0")
     return (x - (1 - a).sqrt().to(x.dtype) * eps_hat) / a.sqrt().to(x.dtype)
 
 
-def eps_from_x0(denoise_x0: Callable[[Tensor, int | Tensor], Tensor], abar: Tensor) -> Callable:
+def eps_from_x0(denoise_x0: Callable[..., Tensor], abar: Tensor) -> Callable:
     """A denoiser (predicting eps) from a network that predicts x_0: eps = (x_t - sqrt(abar) x0_hat)/sqrt(1 - abar).
 
-    denoise_x0  callable (x, t) -> x0_hat, shapes (B, ...)
-    abar        (T+1,)
+    denoise_x0  callable (x, t, ...) -> x0_hat, shapes (B, ...); more arguments, such as a prompt, are passed on
+    abar        (T+1,), which may end at 0: the denoiser offers x0_hat too, as its `denoise_x0`
     """
+    abar = check_abar(abar)
 
-    def denoiser(x: Tensor, t: int | Tensor) -> Tensor:
-        a = per_sample(abar[t], x)
-        return (x - a.sqrt().to(x.dtype) * denoise_x0(x, t)) / (1 - a).sqrt().to(x.dtype)
+    def denoiser(x: Tensor, t: int | Tensor, *given: object) -> Tensor:
+        signal, noise = _roots(abar, t, x)
+        return (x - signal * denoise_x0(x, t, *given)) / noise
 
+    denoiser.denoise_x0 = denoise_x0
     return denoiser
+
+
+def eps_from_v(denoise_v: Callable[..., Tensor], abar: Tensor) -> Callable:
+    """A denoiser (predicting eps) from a network that predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+
+    eps = sqrt(abar) v + sqrt(1 - abar) x_t and x0_hat = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans & Ho, arXiv
+    2202.00512). Arguments and `denoise_x0` as for `eps_from_x0`; v stands for v_prediction in diffusers.
+    """
+    abar = check_abar(abar)
+
+    def denoiser(x: Tensor, t: int | Tensor, *given: object) -> Tensor:
+        signal, noise = _roots(abar, t, x)
+        return signal * denoise_v(x, t, *given) + noise * x
+
+    def denoise_x0(x: Tensor, t: int | Tensor, *given: object) -> Tensor:
+        signal, noise = _roots(abar, t, x)
+        return signal * x - noise * denoise_v(x, t, *given)
+
+    denoiser.denoise_x0 = denoise_x0
+    return denoiser
+
+
+def _roots(abar: Tensor, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), taken in float64, rounded to the dtype of x and shaped to multiply it."""
+    a = per_sample(abar.to(x.device)[t], x)
+    return a.clamp(min=1e-300).sqrt().to(x.dtype), (1 - a).sqrt().to(x.dtype)  # sqrt(0) has no derivative
 
 
 def clip_x0(denoiser: Callable[[Tensor, int | Tensor], Tensor], abar: Tensor, limit: float = 1.0) -> Callable:
@@ -37,7 +71,12 @@ def clip_x0(denoiser: Callable[[Tensor, int | Tensor], Tensor], abar: Tensor, li
     1/sqrt(abar_t). (In diffusers: clip_sample with use_clipped_model_output.) No gradient where the clip acts.
     """
 
+    abar = check_abar(abar)
+    dark = read((abar > 0).sum(), len(abar))  # from this t on abar_t = 0
+
     def denoise_x0(x: Tensor, t: int | Tensor) -> Tensor:
+        if isinstance(t, int) and t >= dark:
+            return x0_source(denoiser)(x, t).clamp(-limit, limit)
         return x0_from_eps(x, denoiser(x, t), abar[t]).clamp(-limit, limit)
 
     return eps_from_x0(denoise_x0, abar)
@@ -59,8 +98,10 @@ class LookAhead:
     micro_batch rows per gradient pass, None: all. Gradients are per sample, so it changes nothing but the memory
     checkpoint  recomputes denoiser and reward in the backward pass, so that their activations are never held together
     record      a list, to which each guided step appends (t, |grad h|^2 (B,)), for `path_kl` and `guidance_norm`
-    Differentiable in x, abar and the weights if the caller has gradients enabled. Raises ValueError if lam <= 0, or if
-    the reward is not (B,), not finite or gives no gradient.
+    Differentiable in x, abar and the weights if the caller has gradients enabled. A step from abar_t = 0 is unguided:
+    there x_t knows nothing of x_0, and no network tells the limit. Raises ValueError if lam <= 0, for a bad table or
+    grid, or if the reward is not (B,), not finite, or gives no gradient or one that is not finite; TypeError if it is
+    no tensor. Warns at the last guided step if the gradient was zero at all of them.
     """
 
     def __init__(
@@ -81,50 +122,98 @@ class LookAhead:
             raise ValueError(f"lam = {float(lam)} must be positive and finite")
         if not 0 <= temper < float("inf"):
             raise ValueError(f"temper = {temper} must be at least 0 and finite")
-        self.denoiser, self.reward, self.lam, self.abar, self.record = denoiser, reward, lam, abar, record
-        self.unguided, self.micro_batch, self.checkpoint = None if guide_last else ts[-1], micro_batch, checkpoint
-        self.temper = temper
+        if micro_batch is not None:
+            micro_batch = integer("micro_batch", micro_batch, 1)
+        self.denoiser, self.reward, self.lam, self.record, self.temper = denoiser, reward, lam, record, temper
+        self.abar, self.micro_batch, self.checkpoint = check_abar(abar), micro_batch, checkpoint
+        ts = check_grid(ts, self.abar)
+        self.unguided = None if guide_last else ts[-1]
+        self.dark = ts[0] if read(self.abar[ts[0]], 1.0) == 0 else None
+        guided = [t for t in ts if t not in (self.unguided, self.dark)]
+        self.first, self.last, self.steers = *(guided[:1] or [None]), *(guided[-1:] or [None]), False
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        return self.denoiser(x, t) if t == self.unguided else self.look(x, t)[1]
+        return self.denoiser(x, t) if t in (self.unguided, self.dark) else self.look(x, t)[1]
+
+    def denoise_x0(self, x: Tensor, t: int) -> Tensor:
+        """x0_hat of the guided denoiser, (B, ...); where abar_t = 0 that of the plain one."""
+        return x0_source(self.denoiser)(x, t) if t == self.dark else x0_from_eps(x, self(x, t), self.abar[t])
 
     def potential(self, x0: Tensor) -> Tensor:
         """h(x0) = reward(x0)/lam, (B,)."""
-        r = self.reward(x0)
-        if r.shape != (len(x0),):
-            raise ValueError(f"the reward has shape {tuple(r.shape)} for {len(x0)} samples; it must be one value each")
-        if not torch.isfinite(r).all():
-            raise ValueError(f"the reward is not finite for {(~torch.isfinite(r)).sum()} of {len(x0)} samples")
-        return r / self.lam
+        r = _one_each(self.reward(x0), len(x0))
+        h = r / self.lam
+        if not read(torch.isfinite(h).all(), True):
+            name = "reward/lam" if torch.isfinite(r).all() else "the reward"
+            raise ValueError(f"{name} is not finite for {(~torch.isfinite(h)).sum()} of {len(x0)} samples")
+        return h
 
     def look(self, x: Tensor, t: int, guided: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """eps_hat (B, ...), eps_guided (B, ...) and h(x0_hat) (B,) from one pass; not guided: no gradient is taken."""
-        guided = guided and t != self.unguided
+        """eps_hat (B, ...), eps_guided (B, ...) and h(x0_hat) (B,) from one pass; not guided: no gradient is taken.
+
+        Where abar_t = 0, x0_hat stands in both places, as `sample_particles` expects.
+        """
+        guided = guided and t not in (self.unguided, self.dark)
         parts = [self._look(chunk, t, guided) for chunk in x.split(self.micro_batch or len(x))]
-        eps_hat, grad, h = (torch.cat(part) for part in zip(*parts, strict=True))
+        hat, grad, h = (torch.cat(part) for part in zip(*parts, strict=True))
         if not guided:
-            return eps_hat, eps_hat, h
+            return hat, hat, h
+        square = grad.detach().reshape(len(x), -1).double().square().sum(1)
+        self._watch(square, t)
         if self.record is not None:
-            self.record.append((t, grad.detach().reshape(len(x), -1).double().square().sum(1)))
-        return eps_hat, eps_hat - (1 - self.abar[t]).sqrt().to(x) * grad, h
+            self.record.append((t, square))
+        return hat, hat - (1 - self.abar[t]).sqrt().to(x) * grad, h
+
+    def _watch(self, square: Tensor, t: int) -> None:
+        """Refuses gradients that are not finite, and warns after a run in which none was anything but zero."""
+        largest = read(square.max(), 1.0)
+        if not largest < float("inf"):
+            bad = (~torch.isfinite(square)).sum()
+            raise ValueError(
+                f"the gradient of the reward is not finite for {bad} of {len(square)} samples at t = {t}, though the "
+                "reward is: mend its derivative (a root or logarithm at 0?), or use sample_particles(..., guided=False)"
+            )
+        self.steers = largest > 0 or (self.steers and t != self.first)
+        if t == self.last and not self.steers:
+            warnings.warn(
+                "the gradient of the reward was zero for every sample at every step, so nothing was guided: is it "
+                "rounded, constant or saturated? sample_particles(..., guided=False) needs no gradient",
+                stacklevel=4,
+            )
 
     def _look(self, x: Tensor, t: int, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
         keep = torch.is_grad_enabled()
         with torch.set_grad_enabled(keep or guided):
             if guided and not (keep and x.requires_grad):
                 x = x.detach().requires_grad_()
-            eps_hat = self._run(self.denoiser, x, t)
-            h = self._run(self.potential, x0_from_eps(x, eps_hat, self.abar[t]))
+            hat = self._run(x0_source(self.denoiser) if t == self.dark else self.denoiser, x, t)
+            h = self._run(self.potential, hat if t == self.dark else x0_from_eps(x, hat, self.abar[t]))
             h = h * self.abar[t].to(h) ** self.temper if self.temper else h
             if not guided:
-                return eps_hat, eps_hat, h
-            if not h.requires_grad:
-                raise ValueError("the reward gives no gradient in x_0; use sample_particles(..., guided=False)")
-            (grad,) = torch.autograd.grad(h.sum(), x, create_graph=keep)  # a sum, so that each row is its own
-        return (eps_hat, grad, h) if keep else (eps_hat.detach(), grad, h.detach())
+                return hat, hat, h
+            grad = _gradient(h, x, keep)
+        return (hat, grad, h) if keep else (hat.detach(), grad, h.detach())
 
     def _run(self, function: Callable, *inputs: Tensor | int) -> Tensor:
         return recompute(function, *inputs, use_reentrant=False) if self.checkpoint else function(*inputs)
+
+
+def _one_each(r: Tensor, n: int) -> Tensor:
+    """What a reward gave for n samples, refused unless it is floating, (n,)."""
+    wanted = f"it must be one value each, a floating tensor of shape ({n},)"
+    if not isinstance(r, Tensor):
+        raise TypeError(f"the reward is a {type(r).__name__} for {n} samples; {wanted}")
+    if r.shape != (n,) or not r.is_floating_point():
+        raise ValueError(f"the reward has shape {tuple(r.shape)} for {n} samples, in {r.dtype}; {wanted}")
+    return r
+
+
+def _gradient(r: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+    """The gradient of each value of r (B,) in its own row of x (B, ...); keep: with a graph."""
+    grad = torch.autograd.grad(r.sum(), x, create_graph=keep, allow_unused=True)[0] if r.requires_grad else None
+    if grad is None:
+        raise ValueError("the reward gives no gradient in x_0; use sample_particles(..., guided=False)")
+    return grad
 
 
 def released_target_matching(
@@ -147,8 +236,8 @@ def released_target_matching(
     """
     with torch.enable_grad():
         x0 = x0.detach().requires_grad_()
-        r = reward(x0)
-        (slope,) = torch.autograd.grad(r.sum(), x0)
+        r = _one_each(reward(x0), len(x0))
+        slope = _gradient(r, x0)
     slope, offset = slope.reshape(len(x0), -1), r.detach() - (slope * x0.detach()).reshape(len(x0), -1).sum(1)
 
     def closeness(x: Tensor) -> Tensor:
@@ -165,8 +254,12 @@ def path_kl(record: list[tuple[int, Tensor]], abar: Tensor, ts: list[int], eta: 
     exact h-transform in the limit of many steps. Raises ValueError if a step without noise was guided: the KL is
     then infinite.
     """
+    abar = check_abar(abar)
+    ts = check_grid(ts, abar)
     after, kl = dict(zip(ts, [*ts[1:], 0], strict=True)), torch.zeros(())
     for t, square in record:
+        if t not in after:
+            raise ValueError(f"the record has a step at t = {t} that is not on the grid {ts}: it is of another run")
         _, c_eps, sigma = ddim_coefficients(abar, t, after[t], eta)
         if not sigma > 0:
             raise ValueError(f"the step at t = {t} adds no noise but was guided, so the path KL is infinite")
@@ -192,7 +285,14 @@ class CostMeter:
         self.passes = getattr(denoiser, "passes", 1)
 
     def __call__(self, x: Tensor, t: int | Tensor) -> Tensor:
-        eps_hat, images = self.denoiser(x, t), len(x) * self.passes
+        return self._counted(self.denoiser, x, t)
+
+    def denoise_x0(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """x0_hat of a denoiser that offers it, counted alike."""
+        return self._counted(x0_source(self.denoiser), x, t)
+
+    def _counted(self, network: Callable, x: Tensor, t: int | Tensor) -> Tensor:
+        eps_hat, images = network(x, t), len(x) * self.passes
         self.calls += 1
         self.cost += images * (1 + _has_tangent(x, t))
         if eps_hat.requires_grad:

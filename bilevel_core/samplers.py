@@ -3,10 +3,14 @@
 A denoiser is any callable eps_hat = denoiser(x, t) with x (B, ...) and t an int in 1..T. Time runs down a grid
 t_1 > t_2 > ... > 0; the caller passes the noise (or a generator), decides about no_grad, and may pass a progress bar
 such as tqdm. The law of the samples is the law of this discrete chain, not of its continuous limit.
+
+A table may end at abar_T = 0. There x_T is noise alone and eps_hat = x_T, so that only a denoiser which offers x0_hat
+itself can take the step: those of `guidance.eps_from_x0` and `eps_from_v` do, and every wrapper passes it on.
 """
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
@@ -24,7 +28,10 @@ class Guide(Protocol):
     """What `sample_particles` needs of `guidance.LookAhead`."""
 
     def look(self, x: Tensor, t: int, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """eps_hat, the guided eps (the same if not guided), both (B, ...), and h(x0_hat(x)) (B,)."""
+        """eps_hat, the guided eps (the same if not guided), both (B, ...), and h(x0_hat(x)) (B,).
+
+        Where abar_t = 0, x0_hat stands in both places.
+        """
 
     def potential(self, x0: Tensor) -> Tensor:
         """h(x0), (B,)."""
@@ -33,18 +40,23 @@ class Guide(Protocol):
 SPACINGS = ("trailing", "leading", "linspace")
 
 
-def timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
+def timesteps(T: int, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
     """The sampling grid t_1 > ... > t_steps >= 1, a subset of 1..T; the final step from t_steps to 0 is implied.
 
-    trailing (default) starts at T; leading ends at 1; linspace does both (names as in diffusers; t here is their
-    index plus one). Raises ValueError unless 1 <= steps <= T and the spacing is known.
+    trailing (default) starts at T; leading ends at 1 + offset; linspace does both (names as in diffusers; t here is
+    their index plus one; offset is their steps_offset, of leading alone). Raises ValueError unless 1 <= steps <= T, the
+    spacing is known and the offset leaves the grid within 1..T.
     """
-    if not 1 <= steps <= T:
+    T, steps, offset = (schedules.integer(*each) for each in (("T", T, 1), ("steps", steps, 1), ("offset", offset, 0)))
+    if steps > T:
         raise ValueError(f"steps = {steps} must lie in 1..T = {T}")
+    most = T - 1 - (steps - 1) * (T // steps) if spacing == "leading" else 0
+    if offset > most:
+        raise ValueError(f"offset = {offset} must be at most {most} for {steps} {spacing} steps of T = {T}")
     if spacing == "trailing":
         grid = [round(T - i * T / steps) for i in range(steps)]
     elif spacing == "leading":
-        grid = [1 + i * (T // steps) for i in reversed(range(steps))]
+        grid = [1 + offset + i * (T // steps) for i in reversed(range(steps))]
     elif spacing == "linspace":
         grid = [T] if steps == 1 else [1 + round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
     else:
@@ -65,8 +77,11 @@ def draw_x_T(
 
     x0  optional (n, ...) data: then x_T = sqrt(abar_T) x_0 + sqrt(1 - abar_T) eps with x_0 resampled from these rows,
         the right law for every abar_T, and no warning.
+    Raises TypeError or ValueError for a wrong table, see `schedules.check_abar`, or x0 that is not floating.
     """
+    abar = schedules.check_abar(abar)
     if x0 is not None:
+        schedules.check_floating(x0)
         rows = torch.randint(len(x0), (shape[0],), generator=generator, device=x0.device)
         eps = torch.randn(shape, generator=generator, device=x0.device, dtype=x0.dtype)
         return schedules.noise(x0[rows], eps, abar[-1])
@@ -97,19 +112,23 @@ def sample_ddim(
     noise  one tensor like x for each step, else drawn from the generator (only where sigma > 0)
     grad_steps  only the last so many steps keep a graph: a truncated, biased gradient. None: all, where enabled
     checkpoint  recomputes each denoiser call in the backward pass, so that memory holds one of them at a time
-    Returns x_0 (B, ...), or the list [x_T, ..., x_0] if trajectory. Raises ValueError for a bad eta or grid.
+    Returns x_0 (B, ...), or the list [x_T, ..., x_0] if trajectory. Raises TypeError or ValueError for a bad eta, grid
+    or table (`schedules.check_abar`), for x that is not floating, and for abar = 0 at ts[0] with a denoiser that gives
+    eps alone.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
     if grad_steps is not None and grad_steps < 1:
         raise ValueError(f"grad_steps = {grad_steps} must be at least 1, or None for all")
     path, noise = [x], iter(noise) if noise is not None else None
+    abar, pairs, dark = _start(x, abar, ts, progress)
     cut = 0 if grad_steps is None else len(ts) - grad_steps
-    for i, (t, s) in enumerate(_pairs(ts, abar, progress)):
+    for i, (t, s) in enumerate(pairs):
         with torch.no_grad() if i < cut else nullcontext():
-            c_x, c_eps, sigma = ddim_coefficients(abar, t, s, eta)
-            eps_hat = recompute(denoiser, x, t, use_reentrant=False) if checkpoint else denoiser(x, t)
-            x = _scalar(c_x, x) * x + _scalar(c_eps, x) * eps_hat
+            c_x, c_hat, sigma = ddim_coefficients(abar, t, s, eta, t == dark)
+            network = x0_source(denoiser) if t == dark else denoiser
+            hat = recompute(network, x, t, use_reentrant=False) if checkpoint else network(x, t)
+            x = _scalar(c_x, x) * x + _scalar(c_hat, x) * hat
             if eta and s:
                 x = x + _scalar(sigma, x) * _draw(x, noise, generator)
         if trajectory:
@@ -117,14 +136,34 @@ def sample_ddim(
     return path if trajectory else x
 
 
-def ddim_coefficients(abar: Tensor, t: int, s: int, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(c_x, c_eps, sigma) of the DDIM step from t to s, x_s = c_x x_t + c_eps eps_hat + sigma z; sigma = 0 at s = 0."""
+def ddim_coefficients(abar: Tensor, t: int, s: int, eta: float, dark: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_x, c_eps, sigma) of the DDIM step from t to s, x_s = c_x x_t + c_eps eps_hat + sigma z; sigma = 0 at s = 0.
+
+    dark  abar_t = 0: x0_hat takes the place of eps_hat, which is x_t
+    """
     a_t, a_s = abar[t], abar[s]
+    if dark:
+        noise = (1 - a_s).sqrt() if s else torch.zeros_like(a_s)  # sqrt(0) has no derivative
+        return (1 - eta**2) ** 0.5 * noise, a_s.sqrt(), eta * noise
     sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt() if eta and s else torch.zeros_like(a_t)
     # x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) eps_hat + sigma z, collected by x and eps_hat
     c_x = (a_s / a_t).sqrt()
     c_eps = (1 - a_s - sigma**2).clamp(min=0) ** 0.5 if s else torch.zeros_like(a_t)
     return c_x, c_eps - c_x * (1 - a_t).sqrt(), sigma
+
+
+def x0_source(denoiser: Denoiser) -> Denoiser:
+    """x0_hat(x, t) of a denoiser that offers it as `denoise_x0`: it needs no division by sqrt(abar_t).
+
+    Raises ValueError, with remedies, if the denoiser gives eps alone.
+    """
+    source = getattr(denoiser, "denoise_x0", None)
+    if source is None:
+        raise ValueError(
+            "abar is 0 at the first step, where eps says nothing of x_0, and the denoiser gives eps alone: take one "
+            "that predicts v or x_0 (guidance.eps_from_v, eps_from_x0), or schedules.rescale_terminal(abar)"
+        )
+    return source
 
 
 def sample_ancestral(
@@ -147,11 +186,14 @@ def sample_ancestral(
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance is {variance!r}; it must be 'posterior' or 'beta'")
     path, noise = [x], iter(noise) if noise is not None else None
-    for t, s in _pairs(ts, abar, progress):
+    abar, pairs, dark = _start(x, abar, ts, progress)
+    for t, s in pairs:
         a_t, a_s = abar[t], abar[s]
         beta = 1 - a_t / a_s
-        eps_hat = denoiser(x, t)
-        mean = (x - _scalar(beta / (1 - a_t).sqrt(), x) * eps_hat) * _scalar((a_s / a_t).sqrt(), x)
+        if t == dark:
+            mean = _scalar(a_s.sqrt(), x) * x0_source(denoiser)(x, t)
+        else:
+            mean = (x - _scalar(beta / (1 - a_t).sqrt(), x) * denoiser(x, t)) * _scalar((a_s / a_t).sqrt(), x)
         sigma = (beta * (1 - a_s) / (1 - a_t) if variance == "posterior" else beta).sqrt()
         x = mean + _scalar(sigma, x) * _draw(x, noise, generator) if s else mean
         if trajectory:
@@ -190,7 +232,8 @@ def sample_particles(
     n = len(x)
     log_w = torch.full((n,), -math.log(n), dtype=torch.float64, device=x.device)  # exp(log_w) sums to Z so far
     h, sizes, resampled = torch.zeros_like(log_w), [], []
-    for t, s in _pairs(ts, abar, progress):
+    abar, pairs, dark = _start(x, abar, ts, progress)
+    for t, s in pairs:
         eps_hat, eps_proposal, h_next = guide.look(x, t, guided and s > 0)
         log_w, h = log_w + h_next - h, h_next.double()
         sizes.append(1 / log_w.softmax(0).square().sum().item())
@@ -199,7 +242,7 @@ def sample_particles(
             x, eps_hat, eps_proposal, h = x[rows], eps_hat[rows], eps_proposal[rows], h[rows]
             log_w = torch.full_like(log_w, log_w.logsumexp(0).item() - math.log(n))
             resampled.append(t)
-        c_x, c_eps, sigma = (_scalar(c, x) for c in ddim_coefficients(abar, t, s, eta))
+        c_x, c_eps, sigma = (_scalar(c, x) for c in ddim_coefficients(abar, t, s, eta, t == dark))
         x = c_x * x + c_eps * eps_proposal
         if s:
             z, shift = _draw(x, None, generator), c_eps * (eps_proposal - eps_hat) / sigma
@@ -218,12 +261,31 @@ def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(log_w.softmax(0).cumsum(0), grid).clamp(max=n - 1)
 
 
-def _pairs(ts: list[int], abar: Tensor, progress: Callable | None) -> Iterable[tuple[int, int]]:
-    """The steps (t, s): from each grid point to the next smaller one, and at last to 0."""
-    if not ts or ts[0] >= len(abar) or ts[-1] < 1 or any(t <= s for t, s in itertools.pairwise(ts)):
-        raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}")
+def check_grid(ts: Iterable[int], abar: Tensor) -> list[int]:
+    """The grid as ints of Python. Raises ValueError unless it descends within 1..T and abar (T+1,) falls along it."""
+    grid = [operator.index(t) if hasattr(t, "__index__") else 0 for t in ts]
+    if not grid or grid[0] >= len(abar) or grid[-1] < 1 or any(t <= s for t, s in itertools.pairwise(grid)):
+        raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}, in integers")
+    levels = abar.detach()[[*grid, 0]]
+    if not schedules.read((levels[:-1] < levels[1:]).all(), True):
+        k = int((levels[:-1] >= levels[1:]).nonzero()[0])
+        raise ValueError(
+            f"abar = {levels[k]:.6g} at t = {grid[k]} and at {[*grid, 0][k + 1]}, but it must fall along the grid: "
+            "keep the table in float64, or take a coarser grid"
+        )
+    return grid
+
+
+def _start(
+    x: Tensor, abar: Tensor, ts: list[int], progress: Callable | None
+) -> tuple[Tensor, Iterable[tuple[int, int]], int | None]:
+    """abar, checked; the steps (t, s), from each grid point to the next and at last to 0; and t where abar_t = 0."""
+    schedules.check_floating(x)
+    abar = schedules.check_abar(abar)
+    ts = check_grid(ts, abar)
     pairs = list(zip(ts, [*ts[1:], 0], strict=True))
-    return progress(pairs) if progress else pairs
+    dark = ts[0] if schedules.read(abar[ts[0]], 1.0) == 0 else None
+    return abar, progress(pairs) if progress else pairs, dark
 
 
 def _draw(x: Tensor, noise: Iterable[Tensor] | None, generator: torch.Generator | None) -> Tensor:

@@ -5,22 +5,25 @@
     d_z L = d_z f(z, theta_gamma) + gamma (d_z g(z, theta_gamma) - d_z g(z, theta_star))
 
 z are the coordinates of `schedules.reduce`. What is random in f and g comes from a seed alone, so that both networks
-see the same (x_0, t, eps) and the same x_T, in training as well as in the gradient: what is left is what f does.
+see the same (x_0, t, eps) and the same x_T, in training as well as in the gradient: what is left is what f does. In
+both, networks are in evaluation mode (no dropout, running statistics), in the training steps in training mode.
 """
 
 import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import estimators, schedules
-from .algorithms import PenaltyStep, ScoreTraining, penalty_descent, refuse_changes, train_score
+from .algorithms import Inputs, PenaltyStep, ScoreTraining, in_mode, penalty_descent, plain, refuse_changes, train_score
 from .guidance import CostMeter
 from .samplers import Denoiser, sample_ddim, timesteps
+from .seeds import derive_seed, seeded
 
 ABSORBED = 0.1  # share of f that theta_gamma may take away before gamma counts as too small
 
@@ -89,6 +92,7 @@ class ScheduleLearning:
     margin      distance kept from the bounds of the admissible set
     val         state -> a number, lower is better, asked every `val_every` steps; the loop ends after `patience`
                 without a better one (0: never); best_q and best_val keep the best. What it costs it may add to `spent`
+    seed        any integer; every draw has a stream derived from it (`seeds.derive_seed`)
     Raises ValueError for whatever is out of its range.
     """
 
@@ -121,7 +125,7 @@ class ScheduleLearning:
 
     def __post_init__(self):
         least = {"sample_steps": 1, "samples": 2, "draws": 2, "g_batch": 1, "inner": 1, "directions": 0}
-        least |= {"delta": 1e-12, "margin": 0.0, "val_every": 1, "patience": 0, "seed": 0}
+        least |= {"delta": 1e-12, "margin": 0.0, "val_every": 1, "patience": 0}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least {low}")
@@ -130,6 +134,8 @@ class ScheduleLearning:
         if not callable(self.gamma) and not 0 < self.gamma < float("inf"):
             raise ValueError(f"gamma = {self.gamma} must be positive and finite")
         schedules.check(self.q, self.T, self.kind, self.form)
+        if self.sample_steps > self.T:
+            raise ValueError(f"sample_steps = {self.sample_steps} must lie in 1..T = {self.T}")
         self.ts = timesteps(self.T, self.sample_steps)
         z = schedules.reduce(self.q.detach().cpu(), self.kind)
         sizes = torch.as_tensor(1.0 if callable(self.rate) else self.rate, dtype=torch.float64)
@@ -139,8 +145,9 @@ class ScheduleLearning:
         self.q = self.best_q = schedules.expand(self.z, self.kind)
         self.momentum, self.square = torch.zeros_like(z), torch.zeros_like(z)
         self.step, self.spent, self.stale = 0, 0, 0
-        self.best_val, self.done = float("inf"), None
-        training = {name: getattr(self, name) for name in ("batch_size", "lr", "warmup", "ema_decay", "seed")}
+        self.best_val, self.done, self.inputs = float("inf"), None, Inputs()
+        training = {name: getattr(self, name) for name in ("batch_size", "lr", "warmup", "ema_decay")}
+        training["seed"] = derive_seed("training", self.seed)
         self.star, self.gamma_net = (
             ScoreTraining(copy.deepcopy(self.denoiser).requires_grad_(True), **training) for _ in range(2)
         )
@@ -165,14 +172,6 @@ class ScheduleLearning:
 
     def config(self) -> dict:
         """The parameters that a resumed run must share; functions by their names."""
-
-        def plain(value: object) -> object:
-            if isinstance(value, functools.partial):
-                return [plain(value.func), {name: plain(v) for name, v in value.keywords.items()}]
-            if callable(value):
-                return getattr(value, "__qualname__", type(value).__qualname__)
-            return list(value) if isinstance(value, tuple) else value
-
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("denoiser", "q")]
         return {name: plain(getattr(self, name)) for name in names} | {"q": self.q_start}
 
@@ -183,21 +182,24 @@ class ScheduleLearning:
         return own | {f"{part}.{name}": value for part, net in parts for name, value in net.tensors().items()}
 
     def meta(self) -> dict:
-        """Steps, costs, validation and configuration, ready for JSON."""
+        """Steps, costs, validation, configuration and a fingerprint of the data, ready for JSON."""
         own = {name: getattr(self, name) for name in ("step", "spent", "stale", "done")}
+        own["given"] = self.inputs.prints
         own["best_val"] = None if self.best_val == float("inf") else self.best_val
         return own | {"config": self.config(), "star": self.star.meta(), "gamma_net": self.gamma_net.meta()}
 
     def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Continues from a saved state, bit for bit. Raises ValueError if a parameter differs, naming it."""
+        """Continues from a saved state, bit for bit. Raises ValueError, naming it, if a parameter or weight differs."""
         refuse_changes(meta["config"], self.config())
         for part in ("star", "gamma_net"):
             inside = {n.removeprefix(f"{part}."): v for n, v in tensors.items() if n.startswith(f"{part}.")}
             getattr(self, part).load(inside, meta[part])
+            getattr(self, part).inputs.saved = {}  # data are compared below; the schedule moves between two steps
         for name in ("z", "momentum", "square", "best_q"):
             setattr(self, name, tensors[name].clone())
         for name in ("step", "spent", "stale", "done"):
             setattr(self, name, meta[name])
+        self.inputs.load(meta.get("given", {}))
         self.q = schedules.expand(self.z, self.kind)
         self.best_val = float("inf") if meta["best_val"] is None else meta["best_val"]
         self._hand_out(self.abar)
@@ -225,27 +227,36 @@ class ScheduleProblem:
     def f(self, z: Tensor, net: Denoiser, seed: int, grad_steps: int | None = None) -> Tensor:
         """Quality of DDIM samples from x_T ~ N(0, I), drawn from the seed alone; (), float64, differentiable in z.
 
-        It is N(0, I) also where abar_T is not small: then the wrong start is part of what f measures.
+        It is N(0, I) also where abar_T is not small: then the wrong start is part of what f measures. The network, and
+        the quality if it is one, are in evaluation mode meanwhile.
         """
         s, x0 = self.state, self.x0
-        x = torch.randn((s.samples, *x0.shape[1:]), generator=self._generator(seed), device=x0.device, dtype=x0.dtype)
-        images = sample_ddim(self._meter(net), x, self._abar(z), s.ts, grad_steps=grad_steps)
-        if not torch.isfinite(images).all():
-            raise FloatingPointError(f"the samples at q = {s.q.tolist()} are not finite: lower lr = {s.lr} or rate")
-        value = s.quality(images)
+        draw = {"generator": self._generator("x_T", seed), "device": x0.device, "dtype": x0.dtype}
+        x = torch.randn((s.samples, *x0.shape[1:]), **draw)
+        with self._evaluation(seed, net, s.quality):
+            images = sample_ddim(self._meter(net), x, self._abar(z), s.ts, grad_steps=grad_steps)
+            if not torch.isfinite(images).all():
+                raise FloatingPointError(f"the samples at q = {s.q.tolist()} are not finite: lower lr = {s.lr} or rate")
+            value = s.quality(images)
         if value.shape != ():
             raise ValueError(f"quality gave shape {tuple(value.shape)}; it must give one number, ()")
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"quality is {value.item()} for {s.samples} samples that are finite")
         return value.double()
 
     def g(self, z: Tensor, net: Denoiser, seed: int) -> Tensor:
-        """The denoising loss on g_batch images, (), float64, with t stratified over 1..T; differentiable in z."""
+        """The denoising loss on g_batch images, (), float64, with t stratified over 1..T; differentiable in z.
+
+        Drawn from the seed alone, the network in evaluation mode.
+        """
         s, x0, n = self.state, self.x0, self.state.g_batch
-        draw = {"generator": self._generator(seed), "device": x0.device}
+        draw = {"generator": self._generator("batch", seed), "device": x0.device}
         rows = torch.randint(len(x0), (n,), **draw)
         t = ((torch.arange(n, device=x0.device) + torch.rand(n, **draw)) * (s.T / n)).long().clamp(max=s.T - 1) + 1
         eps = torch.randn((n, *x0.shape[1:]), **draw, dtype=x0.dtype)
         x_t = schedules.noise(x0[rows], eps, self._abar(z)[t.cpu()])
-        return (self._meter(net)(x_t, t) - eps).double().square().mean()
+        with self._evaluation(seed, net):
+            return (self._meter(net)(x_t, t) - eps).double().square().mean()
 
     def solve_star(self, z: Tensor, warm: nn.Module | None = None) -> nn.Module:
         """A few steps of Algorithm 3 on theta_star; returns its moving average."""
@@ -255,7 +266,7 @@ class ScheduleProblem:
         """The same steps, on the same draws, with f/gamma besides, on theta_gamma; returns its moving average."""
 
         def extra(net: nn.Module, i: int) -> Tensor:
-            return self._upper(z, net, self._seed(1, i)) / gamma
+            return self._upper(z, net, derive_seed("theta_gamma", self.state.seed, i)) / gamma
 
         return self._train(self.state.gamma_net, z, extra)
 
@@ -265,7 +276,7 @@ class ScheduleProblem:
         """d_z L over `draws` seeds: the mean, and info with its error "se" and all that a ScheduleStep measures."""
         s, rows = self.state, []
         for i in range(s.draws):
-            seed = self._seed(0, s.step * s.draws + i)
+            seed = derive_seed("gradient", s.seed, s.step, i)
             upper, info = s.estimator(lambda z, seed: self.f(z, gamma_net, seed), z, seed=seed)
             with torch.no_grad():
                 f_star = self.f(z, star, seed)
@@ -285,7 +296,8 @@ class ScheduleProblem:
         info = {"se": grad.std(0) / n, "f": f.mean().item(), "f_star": f_star.mean().item()}
         info["absorbed"] = (info["f_star"] - info["f"]) / max(abs(info["f_star"]), 1e-300)
         info |= {"g_gamma": g_gamma.mean().item(), "g_star": g_star.mean().item(), "gap": gap.mean().item()}
-        info |= {"gap_se": (gap.std() / n).item(), "moved": (apart / sum(w.square().sum().item() for w in b)) ** 0.5}
+        size = max(sum(w.square().sum().item() for w in b), 1e-300)
+        info |= {"gap_se": (gap.std() / n).item(), "moved": (apart / size) ** 0.5}
         info["reached"] = 2 * gamma * info["gap"] / ((info["f_star"] - info["f"]) or 1e-300)
         noisy = bool((penalty.mean(0).abs() < 2 * penalty.std(0) / n).all()) and abs(info["gap"]) < 2 * info["gap_se"]
         rounding = gamma * torch.finfo(self.x0.dtype).eps * d_star.mean(0).abs()
@@ -305,14 +317,14 @@ class ScheduleProblem:
         if not s.directions:
             return self.f(z, net, seed, s.grad_steps)
         weights = dict(net.named_parameters())
-        generator, slope, values = self._generator(seed + 1), dict.fromkeys(weights, 0.0), []
+        generator, slope, values = self._generator("directions", seed), dict.fromkeys(weights, 0.0), []
         for _ in range(s.directions):
             u = {
                 n: torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype) for n, w in weights.items()
             }
             for d in (s.delta, -s.delta):
                 moved = {n: w.detach() + d * u[n] for n, w in weights.items()}
-                with torch.no_grad():
+                with torch.no_grad(), in_mode(False, net):
                     values.append(self.f(z, lambda x, t, w=moved: torch.func.functional_call(net, w, (x, t)), seed))
             rise = (values[-2] - values[-1]) / (2 * s.delta * s.directions)
             slope = {n: slope[n] + rise * u[n] for n in weights}
@@ -335,25 +347,29 @@ class ScheduleProblem:
         self.meters.append(CostMeter(net))
         return self.meters[-1]
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.x0.device).manual_seed(seed)
+    def _generator(self, stream: str, seed: int) -> torch.Generator:
+        return torch.Generator(self.x0.device).manual_seed(derive_seed(stream, seed))
 
-    def _seed(self, stream: int, i: int) -> int:
-        return (2 * self.state.seed + stream) * 2**30 + 100 * i
+    @contextmanager
+    def _evaluation(self, seed: int, *networks: object) -> Iterator[None]:
+        """Evaluation mode; and what is drawn all the same from torch's global generators comes from the seed."""
+        with in_mode(False, *networks), seeded(derive_seed("network", seed), self.x0.device):
+            yield
 
 
 def learn_schedule(state: ScheduleLearning, x0: Tensor, *, steps: int) -> Iterator[ScheduleStep]:
     """Algorithm 6: learns the schedule of a denoiser by Algorithm 1, one outer step after the other.
 
     state  where to start and what is updated in place
-    x0     (n, ...) data on the denoiser's device, n >= 2
+    x0     (n, ...) data on the denoiser's device, n >= 2, floats of about [-1, 1]
     steps  number of outer steps in all, those already in `state` included
     Yields a ScheduleStep each; the last has `done` where `patience` is used up. Raises FloatingPointError if a loss,
-    a sample or the gradient is not finite, RuntimeError if a network does not move; `state` is then what it was before
-    the step, so that a checkpoint of it is good.
+    a sample or a gradient is not finite, RuntimeError if a network does not move; `state` is then what it was before
+    the step, so that a checkpoint of it is good. Raises ValueError if x0 is not as above, or a resumed run had another.
     """
-    if len(x0) < 2 or not torch.isfinite(x0).all():
-        raise ValueError(f"x0 of shape {tuple(x0.shape)} must be finite, with at least 2 rows")
+    if len(x0) < 2:
+        raise ValueError(f"x0 of shape {tuple(x0.shape)} must have at least 2 rows")
+    state.inputs.check(x0)
     while state.step < steps and not state.done:
         before = {name: value.clone() for name, value in state.tensors().items()}, state.meta()
         try:

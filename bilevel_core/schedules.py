@@ -16,6 +16,7 @@ about 1e-5, so float32 would lose two digits of the noise level), from log F, so
 """
 
 import math
+import operator
 import warnings
 
 import torch
@@ -63,7 +64,7 @@ def betas(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Te
     form  "released" or "normalised"
     Returns float64 (T,) in [1e-12, 0.999]. Raises ValueError for an unknown kind or form, or T < 2.
     """
-    _check_names(T, kind, form)
+    T = _check_names(T, kind, form)
     u = torch.arange(T + 1, dtype=torch.float64, device=q.device) / T
     log_f = log_curve(u, q, kind)
     if form == "normalised":  # log((F - F_T)/(F_0 - F_T)) up to a constant that cancels in the ratios below
@@ -84,32 +85,101 @@ def abar(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> Ten
 
 
 def abar_from_betas(betas: Tensor) -> Tensor:
-    """abar_0..abar_T of any table of betas, e.g. of another library. betas (T,) in [0, 1). Returns float64 (T+1,)."""
+    """abar_0..abar_T of any table of betas, e.g. of another library. Returns float64 (T+1,).
+
+    betas (T,) in [0, 1); the last may be 1, so that abar_T = 0. Raises ValueError for others.
+    """
     b = betas.double()
-    if not ((b >= 0) & (b < 1)).all():
-        raise ValueError(f"betas must lie in [0, 1); found {b.min().item():.3g} to {b.max().item():.3g}")
+    if b.dim() != 1 or not len(b):
+        raise ValueError(f"betas have shape {tuple(b.shape)}; they must be a table (T,)")
+    if not read((b >= 0).all() & (b <= 1).all() & (b[:-1] < 1).all(), True):
+        raise ValueError(
+            f"betas must lie in [0, 1), the last in [0, 1]; found {b.min().item():.3g} to {b.max().item():.3g}"
+        )
     return torch.cat([b.new_ones(1), torch.exp(torch.log1p(-b).cumsum(0))])
 
 
+def check_abar(abar: Tensor) -> Tensor:
+    """A table abar (T+1,) of signal levels in float64, checked: floating, abar_0 = 1, never rising, within [0, 1].
+
+    Neighbours may be equal, as rounding to float32 makes them; along a grid `samplers.check_grid` wants a strict fall.
+    Values that cannot be read (inside vmap, of fake or meta tensors) are not checked. Raises TypeError, or ValueError
+    with the remedy.
+    """
+    if not isinstance(abar, Tensor):
+        raise TypeError(f"abar is a {type(abar).__name__}; it must be a tensor (T+1,): torch.as_tensor(abar)")
+    if abar.dim() != 1 or len(abar) < 2 or not abar.is_floating_point():
+        raise ValueError(f"abar is {abar.dtype} of shape {tuple(abar.shape)}; it must be floating, (T+1,) with T >= 1")
+    table, rounding = abar.double(), min(4 * torch.finfo(abar.dtype).eps, 1e-6)
+    a = table.detach()
+    fine = ((a[1:] <= a[:-1]).all() & (a[-1] >= 0)) & ((a[0] - 1).abs() <= rounding)  # false for NaN
+    if not read(fine, True):
+        wrong, remedy = (k for k in range(1, len(a)) if not 0 <= a[k] <= a[k - 1]), ""
+        k = next(wrong, 0) if abs(a[0] - 1) <= rounding else 0
+        if (a[1:] >= a[:-1]).all():
+            remedy = ". These look like betas: abar_from_betas(betas)"
+        elif k == 0 and a[0] < 1:
+            remedy = ". Diffusers' alphas_cumprod lacks the leading 1: torch.cat([torch.ones(1), alphas_cumprod])"
+        raise ValueError(f"abar[{k}] = {a[k]:.6g}, but abar must fall from abar[0] = 1 and stay within [0, 1]{remedy}")
+    return table
+
+
+def read(value: Tensor, otherwise: float) -> float:
+    """The number in a 0-d tensor; `otherwise` where it has none to read: inside vmap, of fake or meta tensors."""
+    try:
+        return float(value.detach())
+    except RuntimeError:
+        return otherwise
+
+
+def check_floating(x: Tensor) -> None:
+    """Raises ValueError for images x of integers, in which noise and coefficients would be lost."""
+    if not x.is_floating_point():
+        raise ValueError(f"images are {x.dtype}: make them float in [-1, 1], by images / 127.5 - 1 if they are bytes")
+
+
+def integer(name: str, value: object, low: int) -> int:
+    """An int of any integer type, numpy's and torch's included. Raises ValueError for others and below `low`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
+    return number
+
+
 def log_snr(abar: Tensor) -> Tensor:
-    """log(abar / (1 - abar)): the logarithm of the signal-to-noise ratio; +inf where abar = 1. Shape of abar."""
+    """log(abar / (1 - abar)): the logarithm of the signal-to-noise ratio; +inf where abar = 1, -inf where it is 0.
+
+    Any shape, kept.
+    """
     return torch.log(abar) - torch.log1p(-abar)
 
 
 def noise(x0: Tensor, eps: Tensor, abar_t: Tensor | float) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the forward process in one jump.
 
-    x0, eps  (B, ...)
+    x0, eps  (B, ...), floating
     abar_t   () or (B,), in [0, 1]; the square roots are taken in float64
-    Returns (B, ...) in the dtype of x0.
+    Returns (B, ...) in the dtype of x0. Raises ValueError as `per_sample` does.
     """
     a = per_sample(abar_t, x0)
     return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
 
 
 def per_sample(abar_t: Tensor | float, x: Tensor) -> Tensor:
-    """abar_t, () or (B,), in float64 on x's device, with trailing axes so that it multiplies x (B, ...)."""
-    a = torch.as_tensor(abar_t, dtype=torch.float64, device=x.device)
+    """abar_t, () or (B,), in float64 on x's device, with trailing axes so that it multiplies x (B, ...).
+
+    Raises ValueError for integers, which would be times t or pixels in bytes, and for another shape of abar_t.
+    """
+    check_floating(x)
+    a = torch.as_tensor(abar_t)
+    if not a.is_floating_point():
+        raise ValueError(f"abar_t is {a.dtype}: pass the signal level abar[t], not the time t")
+    if a.dim() and tuple(a.shape) not in ((len(x),), (1,)):
+        raise ValueError(f"abar_t has shape {tuple(a.shape)} for x of shape {tuple(x.shape)}; it must be () or (B,)")
+    a = a.to(device=x.device, dtype=torch.float64)
     return a.reshape(a.shape + (1,) * (x.dim() - 1)) if a.dim() else a
 
 
@@ -151,7 +221,7 @@ def check(q: Tensor, T: int, kind: str = "cosine", form: str = "released") -> No
 
     Admissible: finite, inside BOUNDS[kind], end - start >= GAP, and abar_T >= MIN_ABAR for this T and form.
     """
-    _check_names(T, kind, form)
+    T = _check_names(T, kind, form)
     if q.shape != (4,):
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (4,): {', '.join(NAMES)}")
     values = [float(value) for value in q.detach()]
@@ -172,6 +242,7 @@ def project(q: Tensor, T: int, kind: str = "cosine", form: str = "released", mar
     Returns (4,), in q's dtype, detached. Idempotent; admissible q (margin 0) come back unchanged. Raises ValueError
     if q is not finite, or if no end gives abar_T >= MIN_ABAR.
     """
+    T = _check_names(T, kind, form)
     if not torch.isfinite(q).all():
         raise ValueError(f"q = {q.tolist()} is not finite, so there is nothing to project; was the step too large?")
     bounds = torch.tensor(BOUNDS[kind], dtype=torch.float64)
@@ -196,7 +267,7 @@ def project(q: Tensor, T: int, kind: str = "cosine", form: str = "released", mar
 
 def check_terminal(abar: Tensor) -> bool:
     """Warns if abar_T > TERMINAL_ABAR, where sampling must not start from N(0, I) unnoticed. Returns whether it did."""
-    last = float(abar[-1])
+    last = float(check_abar(abar)[-1])
     if last <= TERMINAL_ABAR:
         return False
     warnings.warn(
@@ -210,11 +281,14 @@ def check_terminal(abar: Tensor) -> bool:
 def rescale_terminal(abar: Tensor, last: float = 1e-5) -> Tensor:
     """Shifts and scales sqrt(abar) so that abar_T = last and abar_0 is kept (Lin et al., arXiv 2305.08891).
 
-    abar  (T+1,);  last in (0, abar_T], not 0, so that a denoiser that predicts eps can still be inverted at T
-    Returns (T+1,), differentiable.
+    abar  (T+1,);  last in (0, abar_T], not 0, so that a denoiser that predicts eps can still be inverted at T; where
+        abar_T = 0 it may be up to TERMINAL_ABAR
+    Returns (T+1,), float64, differentiable.
     """
-    if not 0 < last <= float(abar[-1]):
-        raise ValueError(f"last = {last:g} must lie in (0, abar_T = {float(abar[-1]):.3g}]")
+    abar = check_abar(abar)
+    most, name = float(abar[-1]) or TERMINAL_ABAR, "abar_T" if abar[-1] > 0 else "TERMINAL_ABAR"
+    if not 0 < last <= most:
+        raise ValueError(f"last = {last:g} must lie in (0, {name} = {most:.3g}]")
     root = abar.sqrt()
     slope = (root[0] - last**0.5) / (root[0] - root[-1])
     return (last**0.5 + (root - root[-1]) * slope).square()
@@ -226,9 +300,8 @@ def _known(kind: str) -> str:
     return kind
 
 
-def _check_names(T: int, kind: str, form: str) -> None:
+def _check_names(T: int, kind: str, form: str) -> int:
     _known(kind)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
-    if not isinstance(T, int) or T < 2:
-        raise ValueError(f"T is {T!r}; it must be an integer of at least 2")
+    return integer("T", T, 2)

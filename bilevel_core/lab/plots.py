@@ -1,6 +1,5 @@
 """The book's figures and tables: one style, colours that the colour-blind can tell apart, the same roles everywhere."""
 
-import html
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from .writing import format_number, markup, strip, written
 
 # p_0 and other references, p_star and what is exact, p_gamma and what is penalised, rewards, what the text warns of
 COLOURS = {"base": "#6b7480", "star": "#0067a8", "gamma": "#c24e00", "reward": "#00795c", "warn": "#a3317f"}
@@ -77,6 +78,8 @@ class Table:
     tier     "exact", "smoke", "quick", "recorded" or "full": where the numbers come from
     note     what a reader must know: data, sizes, seeds, meaning of the intervals
     formats  key -> function that renders the value; the default shows four significant digits
+
+    Headings, cells and note may hold _{...} and ^{...}; what Python wrote is made readable: 1e+04, -0.00, abar_T.
     """
 
     def __init__(
@@ -91,13 +94,13 @@ class Table:
         if tier not in ("exact", "smoke", "quick", "recorded", "full"):
             raise ValueError(f"tier = {tier!r} must be exact, smoke, quick, recorded or full")
         formats = formats or {}
-        self.head, self.caption = list(columns.values()), f"{tier}: {note}"
-        self.body = [[formats.get(key, number)(row[key]) for key in columns] for row in rows]
+        self.head, self.caption = [written(head) for head in columns.values()], f"{tier}: {written(note)}"
+        self.body = [[written(formats.get(key, number)(row[key])) for key in columns] for row in rows]
 
     def _repr_html_(self) -> str:
         def line(cells: Iterable[str], tag: str) -> str:
             cells = [
-                f'<{tag} style="{style(tag, i, cell)}">{html.escape(cell)}</{tag}>' for i, cell in enumerate(cells)
+                f'<{tag} style="{style(tag, i, cell)}">{markup(cell, True)}</{tag}>' for i, cell in enumerate(cells)
             ]
             return f"<tr>{''.join(cells)}</tr>"
 
@@ -106,20 +109,25 @@ class Table:
             return f"padding: 0.2em 0.5em; text-align: {'right' if column else 'left'}{whole}"
 
         tier, note = self.caption.split(": ", 1)
-        caption = f'<caption style="caption-side: bottom; min-width: 20em"><b>{tier}</b>: {html.escape(note)}</caption>'
+        caption = (
+            f'<caption style="caption-side: bottom; min-width: 20em"><b>{tier}</b>: {markup(note, True)}</caption>'
+        )
         body = "".join(line(row, "td") for row in self.body)
         head, table = line(self.head, "th"), '<table class="dataframe" style="font-size: 0.88em">'
         return f"{table}{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.head, *self.body, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (self.head, *self.body)]
-        return "\n".join([*lines, self.caption])
+        table = [[strip(cell) for cell in row] for row in (self.head, *self.body)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in table]
+        return "\n".join([*lines, strip(self.caption)])
 
 
 def number(value: Any) -> str:
-    """Four significant digits for numbers, other things as they are."""
-    return f"{value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    """Four significant digits for a float, every digit of an integer, other things as they are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return format_number(value) if isinstance(value, float) else str(value)
 
 
 def interval(value: tuple[float, float, float]) -> str:
@@ -127,4 +135,4 @@ def interval(value: tuple[float, float, float]) -> str:
     mean, lo, hi = value
     half = (hi - lo) / 2
     digits = max(0, 1 - int(np.floor(np.log10(half)))) if half > 0 else 3
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{format_number(mean, f'.{digits}f')} ± {half:.{digits}f}"

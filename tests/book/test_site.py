@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -336,3 +337,78 @@ def test_pages_tell_nothing_about_the_machine(site):
         assert str(ROOT) not in text, page
         if len(home) > 5:
             assert home not in text, page
+
+
+# What a reader must not meet in the output of a cell; the last three in tables only, where text is no code.
+RAW = {
+    "a tensor": r"\btensor\(",
+    "a string in quotes": r"\A(['\"]).*\1\Z",
+    "minus zero": r"(?<![\w.])[-−]0(?:\.0+)?(?![\w.])",
+    "an exponent": r"\de\+\d",
+    "a machine's path": r"site-packages|Warning:",
+    "a range in dots": r"\d \.\. |\.\. \d",
+}
+RAW_IN_TABLES = {
+    "a hyphen as a minus": r"(?<![\w.)\]])-[\d.(]",
+    "an exponent in a table": r"\b\d(?:\.\d+)?e[+-]?\d{1,3}\b",
+    "a name of the code": r"\babar|\beps_hat|\b[A-Za-zθλγᾱ]_(?:gamma|star|hat|\w\b)|\btheta_",
+}
+
+
+def raw_output(text: str, table: bool) -> list[str]:
+    """What in the output of a cell is written for a machine."""
+    text, patterns = text.strip(), RAW | (RAW_IN_TABLES if table else {})
+    found = [f"{name}: {hit[0]!r}" for name, pattern in patterns.items() for hit in re.finditer(pattern, text)]
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+", text)
+    return found + [f"too many digits: {n}" for n in numbers if len(n.replace(".", "").lstrip("0")) > 8]
+
+
+def outputs_of(notebook: Path) -> list[tuple[str, str, bool]]:
+    """Cell, text and whether it is a table, for what a page shows of each output that is no picture or explorer."""
+    shown = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if {"remove-cell", "remove-output", "injected-parameters"} & set(cell.metadata.get("tags", ())):
+            continue
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            page = data.get("text/html", "")
+            if "blx" in page or any(kind.startswith("image/") for kind in data):
+                continue
+            text = html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<su[bp]>", "", page)))
+            text = text or data.get("text/markdown") or output.get("text") or data.get("text/plain", "")
+            shown.append((cell.get("id", "?"), text, bool(page)))
+    return shown
+
+
+@pytest.mark.parametrize("address", NOTEBOOK_PAGES)
+def test_outputs_are_written_for_readers(site, address):
+    shown = outputs_of(site.parents[2] / "src" / Path(address).with_suffix(".ipynb"))
+    assert shown
+    raw = {(cell, what) for cell, text, table in shown for what in raw_output(text, table)}
+    assert not raw, sorted(raw)
+
+
+@pytest.mark.parametrize(
+    "text, table, what",
+    [
+        ("tensor([2.36, 3.55])", False, "a tensor"),
+        ("'Full run: not yet run.'", False, "a string in quotes"),
+        ("at -0.05440000000000001", False, "too many digits"),
+        ("[1.6666666666666667]", False, "too many digits"),
+        ("boundary at lam = 1e+04", False, "an exponent"),
+        ("-0.00", False, "minus zero"),
+        ("0.16 .. 100", True, "a range in dots"),
+        ("-9.74", True, "a hyphen as a minus"),
+        ("2.4e-06", True, "an exponent in a table"),
+        ("abar_T", True, "a name of the code"),
+        ("root of L_gamma", True, "a name of the code"),
+    ],
+)
+def test_raw_output_is_noticed(text, table, what):
+    assert [found.split(":")[0] for found in raw_output(text, table)] == [what]
+
+
+def test_readable_output_passes():
+    text = "q = 0.05, -3.1; 2.3e-05 apart; 'bold' in a prompt; 2.14.1+cu130; 2026-11-27; commit 39cd9929; 0.00012345678"
+    assert raw_output(text, False) == []
+    assert raw_output("−9.74 ± 0.5, 10⁴, 2.4 × 10⁻⁶, ᾱ T, r up, 0.16 to 100, h-transform, 8-bit, mnist28", True) == []

@@ -1,11 +1,16 @@
 import copy
+import json
+import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bilevel_core import algorithms, estimators, guidance, oracles, schedules
 from bilevel_core.lab import files, training
+from bilevel_core.seeds import derive_seed
 
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 20)
 
@@ -27,13 +32,29 @@ class Net(nn.Module):
 DATA = torch.randn(64, 2, generator=torch.Generator().manual_seed(9)) * 0.3 + 1
 
 
-def new_state(**options):
-    return algorithms.ScoreTraining(Net(), **({"batch_size": 16, "lr": 1e-2, "warmup": 5, "seed": 3} | options))
+class Noisy(Net):
+    """With dropout, a batch norm, one that is frozen, and noise that no mode turns off."""
+
+    def __init__(self, share=0.5, noise=0.0):
+        super().__init__()
+        self.drop, self.norm, self.frozen, self.noise = nn.Dropout(share), nn.BatchNorm1d(2), nn.BatchNorm1d(2), noise
+        self.frozen.eval()
+
+    def forward(self, x, t):
+        return self.frozen(self.norm(super().forward(self.drop(x), t))) + self.noise * torch.randn_like(x)
+
+
+SEEDS = (-1, 2**32, 3 + 2**32, 1.5, True, "3")  # what a generator does not keep as it is
+
+
+def new_state(net=None, **options):
+    return algorithms.ScoreTraining(net or Net(), **({"batch_size": 16, "lr": 1e-2, "warmup": 5, "seed": 3} | options))
 
 
 # ---------------------------------------------------------------- Algorithm 1
 
 
+@pytest.mark.filterwarnings("error:gamma = ")  # at convergence every gradient is small, and that is no rounding
 @pytest.mark.parametrize("gamma, root", [(1.0, 1.0907), (10.0, 1.1931), (1000.0, 1.2082)])
 @pytest.mark.parametrize("lam_0", [0.3, 20.0])
 def test_algorithm_1_learns_lambda_on_the_mixture(gamma, root, lam_0):
@@ -92,6 +113,20 @@ def test_algorithm_1_refuses_bad_gamma_and_gradients_that_are_not_finite():
 
     with pytest.raises(FloatingPointError, match="not finite"):
         next(algorithms.penalty_descent(problem, x, gamma=1.0, step=0.1, steps=1, estimator=broken))
+
+
+def test_a_gradient_that_is_rounding_is_said_so():
+    """The smallest difference of two slopes of g times gamma; at a good gamma, nothing is said even at convergence."""
+    problem = oracles.Mixture1D().problem()
+    for gamma, warned in ((1e3, False), (1e8, False), (1e16, True), (1e20, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for lam in (0.5, 1.2084, 20.0):
+                x = torch.tensor(lam, dtype=torch.float64).log()
+                p_star, p_gamma = problem.solve_star(x), problem.solve_gamma(x, gamma)
+                estimators.penalty_grad(problem, x, p_star, p_gamma, gamma)
+        said = f"gamma = {gamma:g} is too large: the gradient is of the size of its rounding"
+        assert {str(one.message) for one in caught} == ({said} if warned else set())
 
 
 def test_a_sign_error_in_the_penalty_would_be_seen():
@@ -195,15 +230,220 @@ def test_resume_with_other_parameters_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     state = new_state()
     weights = copy.deepcopy(state.denoiser.state_dict())
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1; lower lr = 0\.01"):
-        next(algorithms.train_score(state, DATA * float("nan"), ABAR, steps=5))
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FloatingPointError, match=rf"the loss is {value} at step 1; lower lr = 0\.01"):
+            next(algorithms.train_score(state, DATA, ABAR, steps=5, extra=lambda net, i, v=value: torch.tensor(v)))
     assert all(torch.equal(weights[k], v) for k, v in state.denoiser.state_dict().items()) and state.step == 0
 
 
-@pytest.mark.parametrize("option", [{"batch_size": 0}, {"lr": -1.0}, {"ema_decay": 1.0}, {"warmup": -1}])
+def test_a_gradient_that_is_not_finite_is_named_and_stops_before_the_weights_change():
+    state = new_state()
+    weights = copy.deepcopy(state.denoiser.state_dict())
+
+    def norm_at_zero(net, i):
+        return (0 * next(net.parameters())).square().sum().sqrt()
+
+    with pytest.raises(FloatingPointError, match=r"the gradient of the loss is not finite at step 1, though .* is \d"):
+        next(algorithms.train_score(state, DATA, ABAR, steps=5, extra=norm_at_zero))
+    assert all(torch.equal(weights[k], v) for k, v in state.denoiser.state_dict().items()) and state.step == 0
+    assert all(w.grad is None for w in state.denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    "option", [{"batch_size": 0}, {"lr": -1.0}, {"ema_decay": 1.0}, {"warmup": -1}, *({"seed": s} for s in SEEDS)]
+)
 def test_training_parameters_are_checked(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         new_state(**option)
+
+
+# ---------------------------------------------------------------- networks with noise and statistics of their own
+
+
+def modes(net):
+    return [module.training for module in net.modules()]
+
+
+def test_training_mode_lasts_for_a_step_and_modes_come_back():
+    for start in (True, False):
+        state, seen = new_state(Noisy().train(start)), []
+        state.denoiser.frozen.train(not start)
+        state.denoiser.drop.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.training))
+        before = modes(state.denoiser)
+        for _ in algorithms.train_score(state, DATA, ABAR, steps=3):
+            assert modes(state.denoiser) == before and not any(modes(state.ema))
+        assert seen == [True] * 3 and state.denoiser.norm.num_batches_tracked == 3
+
+        def broken(net, i):
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            next(algorithms.train_score(state, DATA, ABAR, steps=4, extra=broken))
+        assert modes(state.denoiser) == before
+
+
+def test_dropout_acts_in_training_and_comes_from_the_seed():
+    """By hand: the first loss, with the mask of the stream "network" of seed and step; other masks in other steps."""
+    by_hand, state = Noisy().train(), new_state(Noisy())
+    g = torch.Generator().manual_seed(3)
+    x = DATA[torch.randint(64, (16,), generator=g)]
+    t = torch.randint(1, 21, (16,), generator=g)
+    eps = torch.randn(x.shape, generator=g)
+    torch.manual_seed(derive_seed("network", 3, 0))
+    loss = (by_hand(schedules.noise(x, eps, ABAR[t]), t) - eps).square().mean().item()
+    assert next(algorithms.train_score(state, DATA, ABAR, steps=1)).loss == pytest.approx(loss, rel=1e-6)
+    masks, state = [], new_state(Noisy(), lr=1e-12)
+    state.denoiser.drop.register_forward_hook(lambda _, x, y: masks.append(y[0] != 0))
+    list(algorithms.train_score(state, DATA, ABAR, steps=2))
+    assert 0.2 < torch.cat(masks).float().mean() < 0.8 and not torch.equal(*masks)
+
+
+def test_training_neither_sees_nor_moves_the_global_generator():
+    finals = []
+    for seed in (1, 2):
+        state = new_state(Noisy(noise=0.1))
+        torch.manual_seed(seed)
+        losses = [record.loss for record in algorithms.train_score(state, DATA, ABAR, steps=5)]
+        finals.append((losses, state))
+        drawn = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.rand(3))
+    assert finals[0][0] == finals[1][0] and equal_states(finals[0][1], finals[1][1])
+
+
+def test_the_average_is_evaluated_without_dropout_and_with_the_statistics_of_the_last_step():
+    state = new_state(Noisy())
+    list(algorithms.train_score(state, DATA, ABAR, steps=10))
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    one, two = state.ema(x, 3), state.ema(x, 3)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(state.ema(x[:1], 3), one[:1])  # a batch norm of the batch would differ
+    assert torch.equal(state.ema.module.norm.running_mean, state.denoiser.norm.running_mean)
+    assert not torch.equal(state.denoiser.norm.running_mean, torch.zeros(2))
+    assert not torch.equal(state.ema.module.norm.weight, state.denoiser.norm.weight)
+
+
+def test_resume_is_bit_for_bit_with_dropout_and_batch_norm(tmp_path):
+    def run(state, path, steps):
+        loop = algorithms.train_score(state, DATA, ABAR, steps=steps)
+        return list(training.checkpointed(loop, state, path, steps=steps))
+
+    whole, second = new_state(Noisy(noise=0.1)), new_state(Noisy(noise=0.1))
+    records = run(whole, tmp_path / "a", 12)
+    run(new_state(Noisy(noise=0.1)), tmp_path / "b", 5)
+    torch.rand(7)  # the global generator is elsewhere
+    assert run(second, tmp_path / "b", 12) == records[5:] and equal_states(whole, second)
+
+
+# ---------------------------------------------------------------- the right data, and the same again
+
+
+@pytest.mark.parametrize(
+    ("x0", "said"),
+    [
+        ((DATA * 40 + 128).byte(), r"has torch.uint8 values from \d+ to \d+: scale it to about \[-1, 1\], from 0..255"),
+        (
+            (DATA * 40 + 128),
+            r"\(64, 2\) has torch.float32 values from \d+\.?\d* to \d+\.?\d*: scale it to about \[-1, 1\]",
+        ),
+        (torch.arange(17.0).expand(20, 17), r"has torch.float32 values from 0 to 16: scale it"),
+        (torch.ones(4, 2, dtype=torch.bool), r"has torch.bool values from 1 to 1"),
+        (torch.tensor([[0.0, math.nan]]), "must be finite"),
+        (torch.tensor([[0.0, -math.inf]]), "must be finite"),
+        (DATA[:0], "is empty"),
+    ],
+)
+def test_data_that_are_not_of_the_scale_of_noise_are_refused(x0, said):
+    with pytest.raises(ValueError, match=f"^x0 of shape .*{said}"):
+        next(algorithms.train_score(new_state(), x0, ABAR, steps=1))
+
+
+def test_data_with_an_outlier_or_of_other_types_are_taken():
+    outlier = torch.cat([DATA, torch.full((1, 2), 20.0)])
+    for x0, net in ((outlier, Net()), (DATA.double(), Net().double()), (DATA.bfloat16(), Net().bfloat16())):
+        next(algorithms.train_score(new_state(net), x0, ABAR, steps=1))
+
+
+def saved(net=None):
+    state = new_state(net)
+    list(algorithms.train_score(state, DATA, ABAR, steps=2))
+    return copy.deepcopy(state.tensors()), state.meta()
+
+
+@pytest.mark.parametrize(
+    ("x0", "abar"),
+    [
+        (DATA + 1e-6, ABAR),
+        (DATA.flip(0), ABAR),
+        (DATA.flip(1), ABAR),
+        (DATA[:-1], ABAR),
+        (DATA.double(), ABAR),
+        (DATA, ABAR**1.0001),
+        (DATA, ABAR[:-1]),
+    ],
+)
+def test_a_resumed_run_with_other_data_or_another_schedule_is_refused(x0, abar):
+    state = new_state()
+    state.load(*saved())
+    for _ in range(2):  # also when tried again
+        with pytest.raises(ValueError, match=r"the saved run has other data or schedule \((x0|abar): .* -> .*\)"):
+            next(algorithms.train_score(state, x0, abar, steps=3))
+    assert state.step == 2 and state.meta() == saved()[1]
+    next(algorithms.train_score(state, DATA.clone(), ABAR.clone(), steps=3))
+
+
+def test_a_state_that_has_seen_other_data_compares_them_with_those_of_the_run_it_is_loaded_from():
+    state, other = new_state(), DATA / 2
+    next(algorithms.train_score(state, other, ABAR, steps=1))
+    state.load(*saved())
+    with pytest.raises(ValueError, match="the saved run has other data or schedule"):
+        next(algorithms.train_score(state, other, ABAR, steps=3))
+
+
+def test_a_run_that_goes_on_may_be_given_other_data_and_old_checkpoints_say_nothing_about_them():
+    state = new_state()
+    next(algorithms.train_score(state, DATA, ABAR, steps=1))
+    next(algorithms.train_score(state, DATA / 2, ABAR**2, steps=2))
+    tensors, meta = saved()
+    old = new_state()
+    old.load(tensors, {name: value for name, value in meta.items() if name != "given"})
+    next(algorithms.train_score(old, DATA / 2, ABAR, steps=3))
+
+
+def test_a_fingerprint_is_of_the_values_not_of_the_memory():
+    x = torch.randn(4, 3, 6, 5)
+    print_ = algorithms.fingerprint(x)
+    assert print_[:2] == ["torch.float32", [4, 3, 6, 5]]
+    assert print_ == algorithms.fingerprint(x.contiguous(memory_format=torch.channels_last))
+    assert print_ == algorithms.fingerprint(torch.cat([x, x])[:4].requires_grad_())
+    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+    assert shifted.storage_offset() == 1 and print_ == algorithms.fingerprint(shifted)
+    others = [x.flip(i) for i in range(4)] + [x.transpose(2, 3).reshape(x.shape), x.double(), x.half(), x[:3]]
+    assert len({str(algorithms.fingerprint(y)) for y in [x, *others]}) == 1 + len(others)
+    assert len({str(algorithms.fingerprint(v)) for v in (x[:, 0, 0, 0], x[:1, :1, 0, 0], x[:2, 0].bfloat16())}) == 3
+
+
+def test_resuming_with_another_network_is_refused_and_says_what_differs():
+    wide = Net()
+    wide.layers[0], wide.layers[2] = nn.Linear(3, 32), nn.Linear(32, 2)
+    with pytest.raises(ValueError, match="the saved run has other weights ") as caught:
+        new_state(wide).load(*saved())
+    said = "layers.0.bias: torch.float32 (16,) -> torch.float32 (32,), layers.0.weight: torch.float32 (16, 3) -> "
+    assert said in str(caught.value) and "restore them or use another work_dir" in str(caught.value)
+    with pytest.raises(ValueError, match=r"norm.bias: None -> torch.float32 \(2,\), .*, and 1 more\)"):
+        new_state(Noisy()).load(*saved())
+    with pytest.raises(ValueError, match=r"norm.bias: torch.float32 \(2,\) -> None"):
+        new_state().load(*saved(Noisy()))
+    with pytest.raises(ValueError, match=r"layers.0.bias: torch.float32 \(16,\) -> torch.float64 \(16,\)"):
+        new_state(Net().double()).load(*saved())
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons(tmp_path):
+    numpy = new_state(seed=np.int64(3), lr=np.float64(1e-2), batch_size=np.int32(16))
+    list(training.checkpointed(algorithms.train_score(numpy, DATA, ABAR, steps=2), numpy, tmp_path / "s", steps=2))
+    state = new_state()
+    state.load(*files.load_state(tmp_path / "s"))
+    assert equal_states(state, numpy) and json.loads(json.dumps(numpy.meta())) == state.meta()
 
 
 # ---------------------------------------------------------------- wrappers of a denoiser

@@ -1,6 +1,7 @@
 """Every estimator of the gradient in lambda: closed forms by quadrature, finite differences, and Monte Carlo errors."""
 
 import math
+import re
 import warnings
 
 import hypothesis
@@ -94,6 +95,55 @@ def test_several_lower_rewards_give_a_covariance_vector():
         estimators.lam_grad_penalty(r_up, draws, lam, 10.0)
 
 
+@pytest.mark.parametrize("gamma", [1e7, 1e10, 1e12, 1e14, 1e16, 1e20, 1e100, 1e300])
+@pytest.mark.parametrize("lam", [0.1, 1.2, 20.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_gamma_is_too_large(gamma, lam, dtype):
+    """gamma (KL - KL) in floating point would be noise of size 1e-16 gamma, and 0 from 1e20 on."""
+    up, low = (r.to(dtype) for r in rewards(20_000, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cov, exact = estimators.lam_grad_cov(up, low, lam)
+        grad, info = estimators.lam_grad_penalty(up, low, lam, gamma)
+        shifted, _ = estimators.lam_grad_penalty(up.double() + 1e6, low.double() - 1e6, lam, gamma)
+        swapped, at = estimators.lam_grad_released_est1(up, low, lam, gamma)
+        limit, _ = estimators.lam_grad_released_est1(up, low, lam, math.inf)
+        p, _ = estimators.tilt_weights(low, lam)
+    rel = 1e-9 + 30 / gamma * max(1, 1 / lam)  # how far the limit is
+    assert grad.item() == pytest.approx(cov.item(), rel=rel, abs=rel * exact["se"].item() * 1e3)
+    assert info["se"].item() == pytest.approx(exact["se"].item(), rel=10 * rel)
+    assert shifted.item() == pytest.approx(cov.item(), rel=1e-6 + rel, abs=1e-6 * exact["se"].item() * 1e3)
+    mean, mean_star = up.double().mean(), p @ up.double()
+    assert swapped.item() == pytest.approx(((mean_star - mean) / lam).item(), rel=1e-7 + 10 * rel, abs=1e-12)
+    assert limit.item() == pytest.approx(((mean_star - mean) / lam).item(), rel=1e-9, abs=1e-13)
+    influence = (p * (up.double() - mean_star) - (up.double() - mean) / 20_000) / lam
+    assert at["se"].item() == pytest.approx(influence.norm().item(), rel=1e-7 + 10 * rel)
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 0.1, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("lam", [0.05, 1.0, 300.0])
+def test_the_difference_of_two_laws_is_that_of_their_closed_forms(gamma, lam):
+    """Both KLs and log Z apart, as the equations have them, where that loses little; also the standard errors."""
+    up, low = rewards(300, 5)
+    problem = oracles.Tilt(up, low)
+    influence, log_z = [], []
+    for g in (gamma, math.inf):
+        h = problem.logits(lam, g)
+        p, log_z = h.softmax(0), [*log_z, h.logsumexp(0)]
+        influence.append(p * (h - (p * h).sum() - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grad, info = estimators.lam_grad_penalty(up, low, lam, gamma)
+        swapped, at = estimators.lam_grad_released_est1(up, low, lam, gamma)
+    loss = 1e-13 * gamma + 1e-15 * up.abs().max().item() / lam  # rounding of the two apart
+    assert grad.item() == pytest.approx(problem.penalty_grad(lam, gamma).item(), rel=1e-9, abs=loss)
+    assert info["se"].item() == pytest.approx(gamma * (influence[0] - influence[1]).norm().item(), rel=1e-9, abs=loss)
+    expected = gamma * (log_z[0] - log_z[1]) - up.mean() / lam
+    assert swapped.item() == pytest.approx(expected.item(), rel=1e-9, abs=loss)
+    change = gamma * (problem.p_gamma(lam, gamma).exp() - problem.p_gamma(lam).exp()) - (up - up.mean()) / 300 / lam
+    assert at["se"].item() == pytest.approx(change.norm().item(), rel=1e-9, abs=loss)
+
+
 # ---------------------------------------------------------------- Monte Carlo
 
 
@@ -154,6 +204,15 @@ def test_path_estimators_use_common_random_numbers():
             estimator(common, common, math.inf)
         with pytest.raises(ValueError, match="the path KLs must be finite"):
             estimator(common + math.inf, common, 1.0)
+        for dtype, gamma in ((torch.float32, 1e8), (torch.float64, 1e18)):
+            kl = common.to(dtype)
+            other = kl * (1 + torch.finfo(dtype).eps * (extra > 5e-4))  # they differ in the last bit at most
+            for pair in ((other, kl), (kl, kl)):
+                with pytest.raises(
+                    ValueError,
+                    match=rf"at gamma = {re.escape(format(gamma, 'g'))} the two agree to rounding; lower gamma",
+                ):
+                    estimator(*pair, gamma)
 
 
 # ---------------------------------------------------------------- the whole curve
@@ -246,6 +305,22 @@ def test_bad_gamma_and_the_weights_checks():
             estimators.lam_grad_penalty(up, low, 1.0, gamma)
     with pytest.raises(ValueError, match="must be positive and finite"):
         estimators.tilt_weights(low, 0.0)
+    with pytest.raises(ValueError, match="^r is not finite for 1 of 200 samples; drop or mend them"):
+        estimators.tilt_weights(torch.where(torch.arange(200) == 3, math.nan, low), 1.0)
+    with pytest.raises(
+        ValueError, match=r"^r \(n,\), lam \(\), log_w \(n,\) have the shapes \[\(200,\), \(\), \(3,\)\]"
+    ):
+        estimators.tilt_weights(low, 1.0, up[:3])
+    several = torch.stack([low, torch.where(torch.arange(200) < 2, math.inf, low)])
+    with pytest.raises(ValueError, match="^r_low is not finite for 2 of 200 samples"):
+        estimators.lam_grad_cov(up, several, torch.ones(2))
+    for arguments in ((low, 1e-310), (low * 1e300, 1e-10)):
+        with pytest.raises(
+            ValueError, match=r"reward/lam reaches inf, beyond what can be weighted: raise lam or gamma"
+        ):
+            estimators.tilt_weights(*arguments)
+    with pytest.raises(ValueError, match="raise lam or gamma"):
+        estimators.lam_grad_penalty(up, low, 1.0, 1e-310)
     weights, _ = estimators.tilt_weights(torch.ones(200), 1.0)  # a constant reward tilts nothing
     torch.testing.assert_close(weights, torch.full((200,), 1 / 200, dtype=torch.float64))
 

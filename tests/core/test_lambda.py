@@ -85,6 +85,19 @@ def test_an_increasing_gamma_is_followed_to_its_end():
     assert records[-1].gamma == 1000.0 and records[-1].lam == pytest.approx(OPTIMUM, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gamma", [1e9, 1e12, 1e14, 1e16, 1e20, 1e200, lambda k: 10.0 ** (4 * k + 8), math.inf])
+def test_no_gamma_is_too_large(gamma, dtype):
+    """It ends where gamma = infinity does, and not at a boundary that rounding makes, or where it began."""
+    samples = plain(20_000)
+    samples = algorithms.TiltSamples(samples.r_up.to(dtype), samples.r_low.to(dtype))
+    limit, last = (list(algorithms.learn_lam(samples, 20.0, gamma=g, steps=12))[-1] for g in (math.inf, gamma))
+    rel = 1e-3 if callable(gamma) else 1e-6  # on another path
+    assert last.lam == pytest.approx(limit.lam, rel=rel) and last.lam == pytest.approx(1.245, abs=1e-3)
+    assert last.se == pytest.approx(limit.se, rel=10 * rel) and last.warning is None
+    assert callable(gamma) or last.done == "converged at lam = 1.245"
+
+
 # ---------------------------------------------------------------- samples
 
 
@@ -249,6 +262,24 @@ def test_bad_input():
         next(algorithms.learn_lam(algorithms.TiltSamples(torch.rand(200), torch.ones(200)), 1.0))
     with pytest.raises(ValueError, match="have the shapes"):
         next(algorithms.learn_lam(algorithms.TiltSamples(torch.rand(200), torch.rand(300)), 1.0))
+    good, bad = torch.rand(200), torch.where(torch.arange(200) == 7, math.nan, 1.0)
+    for name, rewards in (("r_up", (bad, good)), ("r_low", (good, bad))):
+        with pytest.raises(ValueError, match=f"^{name} is not finite for 1 of 200 samples"):
+            next(algorithms.learn_lam(algorithms.TiltSamples(*rewards), 3.0))
+
+    def draw(lam, round):
+        return algorithms.TiltSamples.from_tilt(good, bad, lam, torch.zeros(200), 0.0)
+
+    with pytest.raises(ValueError, match="^r_low is not finite for 1 of 200 samples"):
+        next(algorithms.learn_lam(plain(200), 0.1, draw=draw))
+
+
+def test_a_run_is_resumed_with_the_gamma_and_the_samples_it_had():
+    first = next(algorithms.learn_lam(plain(2000), 3.0, gamma=10.0))
+    for samples, gamma, said in ((plain(2000), 20.0, "gamma: 10.0 -> 20.0"), (plain(2000, 1), 10.0, "samples: .* -> ")):
+        with pytest.raises(ValueError, match=rf"the saved run has other parameters \({said}"):
+            next(algorithms.learn_lam(samples, 3.0, gamma=gamma, resume=first))
+    next(algorithms.learn_lam(plain(2000), 3.0, gamma=lambda k: 10.0 + k, resume=first))
 
 
 @hypothesis.settings(max_examples=25, deadline=None)

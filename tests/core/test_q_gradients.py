@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bilevel_core import distances, estimators, oracles, samplers
+from bilevel_core.seeds import derive_seed
 
 ORACLE = oracles.LinearGaussianSchedule()
 Q = torch.tensor([0.05, 0.9, 1.2, 0.02], dtype=torch.float64)
@@ -135,7 +136,86 @@ def test_bad_input():
         sampled(Q, 0, grad_steps=0)
 
 
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_forward_mode_takes_plain_attention_and_gives_back_the_fast_one():
+    """Fused attention, for which torch has no tangent: on a CPU where keys need a gradient or there is no mask."""
+    key = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def f(q, seed):
+        x = q[0].float() * key + q[1].float()
+        return torch.nn.functional.scaled_dot_product_attention(x, key, x * x).square().mean().double()
+
+    with pytest.raises(NotImplementedError):  # else torch has learned it, and the plain kernels can go
+        torch.func.jvp(lambda q: f(q, 0), (Q,), (torch.ones_like(Q),))
+    forward, reverse = estimators.q_grad_forward(f, Q, seed=0)[0], estimators.q_grad_reverse(f, Q, seed=0)[0]
+    torch.testing.assert_close(forward, reverse, rtol=1e-4, atol=1e-6)
+    heads = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+
+    def g(q, seed):
+        x = q[0].float() * key[0].detach() + q[1].float()
+        return heads(x, x, x)[0].square().mean().double()
+
+    for fast in (True, False):
+        torch.backends.mha.set_fastpath_enabled(fast)
+        forward, reverse = estimators.q_grad_forward(g, Q, seed=0)[0], estimators.q_grad_reverse(g, Q, seed=0)[0]
+        torch.testing.assert_close(forward, reverse, rtol=1e-4, atol=1e-6)
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_an_operation_without_forward_mode_is_named_with_the_remedy():
+    def f(q, seed):
+        return NoForwardMode.apply(q).sum()
+
+    with pytest.raises(
+        RuntimeError, match=r"f works, but not in forward mode \(.*\): pass estimator=estimators.q_grad_rev"
+    ):
+        estimators.q_grad_forward(f, Q, seed=0)
+    assert torch.equal(estimators.q_grad_reverse(f, Q, seed=0)[0], torch.full_like(Q, 2.0))
+
+    def broken(q, seed):
+        return q[:3] @ torch.ones(4, dtype=q.dtype)
+
+    def full(q, seed):
+        if torch.autograd.forward_ad.unpack_dual(q).tangent is not None:
+            raise torch.OutOfMemoryError("out of memory")
+        return q.sum()
+
+    with pytest.raises(RuntimeError, match="^(inconsistent tensor size|size mismatch)"):  # its own fault
+        estimators.q_grad_forward(broken, Q, seed=0)
+    with pytest.raises(torch.OutOfMemoryError, match="^out of memory$"):
+        estimators.q_grad_forward(full, Q, seed=0)
+
+
+def test_draws_of_neighbouring_seeds_differ():
+    """Without common numbers no two evaluations share a draw, whatever the seeds; the directions are apart from f's."""
+    for estimate in (estimators.q_grad_two_point, estimators.q_grad_coordinates):
+        f = Spy()
+        for seed in (*range(50), -1, 2**32, 2**32 + 1):
+            estimate(f, Q, seed=seed, common=False)
+        assert len(set(f.seeds)) == len(f.seeds)
+    u = [Spy(), Spy()]
+    for f, seed in zip(u, (3, 3 + 2**32), strict=True):
+        estimators.q_grad_one_point(f, Q, 0.0, seed=seed)
+    own = torch.randn(4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert not torch.equal(u[0].points[0], u[1].points[0]) and not torch.allclose(u[0].points[0], Q + 0.01 * own)
+
+
 # ---------------------------------------------------------------- by hand: seeds, lengths, counts
+
+
+def directions(seed):
+    return torch.Generator().manual_seed(derive_seed("directions", seed))
 
 
 class Spy:
@@ -154,7 +234,7 @@ class Spy:
 def test_two_point_by_hand():
     f, delta = Spy(), torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
     grad, info = estimators.q_grad_two_point(f, Q, seed=5, delta=delta, directions=3)
-    g, draws, values = torch.Generator().manual_seed(5), [], []
+    g, draws, values = directions(5), [], []
     for _ in range(3):
         u = torch.randn(4, generator=g, dtype=torch.float64)
         high, low = Spy()(Q + delta * u, 5), Spy()(Q - delta * u, 5)
@@ -167,20 +247,20 @@ def test_two_point_by_hand():
     assert f.seeds == [5] * 6 and not any(f.grads) and set(info) == {"calls", "f", "se"}
     f = Spy()
     estimators.q_grad_two_point(f, Q, seed=5, directions=3, common=False)
-    assert sorted(f.seeds) == list(range(6, 12))
+    assert f.seeds == [derive_seed("f", 5, k, sign) for k in range(3) for sign in (1, -1)]
     _, info = estimators.q_grad_two_point(Spy(), Q, seed=5, delta=delta, directions=2)
     torch.testing.assert_close(info["se"], draws[:2].std(0) / 2**0.5, rtol=1e-12, atol=0)
     f = Spy()  # what is left out: one direction, at distance 0.01, with common numbers
     grad, info = estimators.q_grad_two_point(f, Q, seed=6)
     explicit, _ = estimators.q_grad_two_point(Spy(), Q, seed=6, delta=0.01, directions=1, common=True)
     assert torch.equal(grad, explicit) and info["se"] is None and info["calls"] == 2 and f.seeds == [6, 6]
-    u = torch.randn(4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    u = torch.randn(4, generator=directions(6), dtype=torch.float64)
     torch.testing.assert_close(f.points[0], Q + 0.01 * u, rtol=0, atol=1e-14)
 
 
 def test_one_point_by_hand():
     delta = torch.tensor([0.1, 0.2, 0.05, 0.3], dtype=torch.float64)
-    u = torch.randn(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    u = torch.randn(4, generator=directions(5), dtype=torch.float64)
     for f_seed, used in ((None, 5), (0, 0), (9, 9)):
         f = Spy()
         grad, info = estimators.q_grad_one_point(f, Q, 2.0, seed=5, delta=delta, f_seed=f_seed)
@@ -203,7 +283,7 @@ def test_coordinates_by_hand():
     assert f.seeds == [5] * 8 and not any(f.grads)
     f = Spy()
     estimators.q_grad_coordinates(f, Q, seed=5, common=False)
-    assert sorted(f.seeds) == list(range(6, 14))
+    assert f.seeds == [derive_seed("f", 5, i, sign) for i in range(4) for sign in (1, -1)]
     f = Spy()
     estimators.q_grad_coordinates(f, Q, seed=5)
     torch.testing.assert_close(f.points[1][0], Q[0] - 0.01, rtol=0, atol=1e-14)

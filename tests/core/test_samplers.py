@@ -1,10 +1,11 @@
 import itertools
 
 import diffusers
+import numpy
 import pytest
 import torch
 
-from bilevel_core import oracles, samplers, schedules
+from bilevel_core import guidance, oracles, samplers, schedules
 from bilevel_core.lab.models import adapters
 
 T = 100
@@ -190,8 +191,12 @@ def test_draw_x_T_warns_and_mends_the_start():
 
 def test_bad_input():
     abar, x = schedules.abar(COSINE, T), torch.zeros(1, 2)
-    for steps in (0, 101):
-        with pytest.raises(ValueError, match=f"steps = {steps} must lie in 1..T = 100"):
+    for steps, message in (
+        (0, "steps is 0; it must be an integer of at least 1"),
+        (20.0, "steps is 20.0; it must be an integer"),
+        (101, "steps = 101 must lie in 1..T = 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
             samplers.timesteps(T, steps)
     with pytest.raises(ValueError, match="spacing is 'even'"):
         samplers.timesteps(T, 5, "even")
@@ -300,3 +305,142 @@ def test_one_ancestral_step_by_hand():
         path = samplers.sample_ancestral(denoiser, x, abar, [60, 40], variance=variance, noise=[z], trajectory=True)
         assert len(path) == 3 and torch.equal(path[0], x)
         torch.testing.assert_close(path[1], mean + sigma * z, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- zero terminal SNR: abar_T = 0
+
+
+def zero_end(q=COSINE, T=T):
+    """A table that ends at 0 exactly, and the same with 1e-13 there, from which eps tells x_0 in float64."""
+    abar = schedules.abar(q, T)
+    return (torch.cat([abar[:-1], abar.new_tensor([last])]) for last in (0.0, 1e-13))
+
+
+def predicts(law, abar, what):
+    """The exact network that predicts v or x_0, wrapped; at abar_t = 0 x0_hat is the mean."""
+    eps = law.denoiser(abar)
+
+    def network(x, t):
+        a = abar[t]
+        x0 = (x - (1 - a).sqrt() * eps(x, t)) / a.sqrt() if a > 0 else law.mean.expand(x.shape)
+        return x0 if what == "x0" else a.sqrt() * eps(x, t) - (1 - a).sqrt() * x0
+
+    return {"x0": guidance.eps_from_x0, "v": guidance.eps_from_v}[what](network, abar)
+
+
+@pytest.mark.parametrize("what", ["v", "x0"])
+@pytest.mark.parametrize(
+    "sampler, options",
+    [(samplers.sample_ddim, {"eta": eta}) for eta in (0.0, 0.6, 1.0)]
+    + [(samplers.sample_ancestral, {"variance": name}) for name in ("posterior", "beta")],
+)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_abar_of_zero_at_the_end_is_the_limit(what, sampler, options, steps):
+    zero, near = zero_end()
+    g, ts = torch.Generator().manual_seed(1), samplers.timesteps(T, steps)
+    x, noise = torch.randn(6, 2, generator=g).double(), torch.randn(steps, 6, 2, generator=g).double()
+    limit = sampler(GAUSSIAN.denoiser(near), x, near, ts, noise=noise, **options)
+    found = sampler(predicts(GAUSSIAN, zero, what), x, zero, ts, noise=noise, **options)
+    torch.testing.assert_close(found, limit, rtol=0, atol=1e-5)
+
+
+def test_the_step_from_zero_by_hand():
+    """x_s = sqrt(a_s) x0_hat + sqrt(1 - a_s - sigma^2) x_T + sigma z with sigma = eta sqrt(1 - a_s)."""
+    zero, _ = zero_end()
+    x, z = torch.tensor([[0.3, -1.0]], dtype=torch.float64), torch.tensor([[0.5, 2.0]], dtype=torch.float64)
+    x0, a = x**2, zero[40].item()
+    denoiser = guidance.eps_from_x0(lambda x, t: x**2, zero)
+    path = samplers.sample_ddim(denoiser, x, zero, [T, 40], eta=0.6, noise=[z], trajectory=True)
+    expected = a**0.5 * x0 + 0.8 * (1 - a) ** 0.5 * x + 0.6 * (1 - a) ** 0.5 * z
+    torch.testing.assert_close(path[1], expected, rtol=1e-12, atol=0)
+    assert torch.equal(samplers.sample_ddim(denoiser, x, zero, [T], checkpoint=True), x0)
+    torch.testing.assert_close(denoiser(x, T), x)  # eps_hat there is x_T
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_differentiable_through_the_step_from_zero(eta):
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    noise = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def run(q):
+        abar = torch.cat([schedules.abar(q, 29), q.new_zeros(1)])
+        return samplers.sample_ddim(
+            guidance.eps_from_v(denoiser, abar), x, abar, samplers.timesteps(30, 4), eta=eta, noise=noise
+        )
+
+    q = torch.tensor([0.05, 0.9, 1.1, 0.02], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, q, atol=1e-6, check_forward_ad=True)
+
+
+def test_eps_alone_cannot_leave_zero():
+    zero, _ = zero_end()
+    x, ts = torch.randn(3, 2, dtype=torch.float64), samplers.timesteps(T, 5)
+    look = guidance.LookAhead(denoiser, lambda x: x.sum(1), 1.0, zero, ts)
+    for run in (
+        lambda: samplers.sample_ddim(denoiser, x, zero, ts),
+        lambda: samplers.sample_ddim(look, x, zero, ts),
+        lambda: samplers.sample_ddim(guidance.clip_x0(denoiser, zero), x, zero, ts),
+        lambda: samplers.sample_ddim(guidance.CostMeter(denoiser), x, zero, ts),
+        lambda: samplers.sample_ancestral(denoiser, x, zero, ts),
+        lambda: samplers.sample_particles(look, x, zero, ts),
+    ):
+        with pytest.raises(
+            ValueError, match=r"eps says nothing of x_0.*eps_from_v, eps_from_x0\), or schedules.rescale_"
+        ):
+            run()
+    assert torch.isfinite(samplers.sample_ddim(denoiser, x, zero, [T - 1, 50])).all()  # a grid that starts below
+    mended = schedules.rescale_terminal(zero, 1e-4)
+    assert (
+        mended[-1].item() == pytest.approx(1e-4) and torch.isfinite(samplers.sample_ddim(denoiser, x, mended, ts)).all()
+    )
+    with pytest.raises(ValueError, match=r"last = 0.01 must lie in \(0, TERMINAL_ABAR = 0.001\]"):
+        schedules.rescale_terminal(zero, 0.01)
+
+
+# ---------------------------------------------------------------- numbers of other types, and too short ones
+
+
+def test_integers_of_any_type():
+    abar, x = schedules.abar(COSINE, numpy.int64(T)), torch.randn(3, 2, dtype=torch.float64)
+    assert torch.equal(abar, schedules.abar(COSINE, T))
+    ts = samplers.timesteps(numpy.int32(T), torch.tensor(7), "leading", offset=numpy.int8(2))
+    assert ts == samplers.timesteps(T, 7, "leading", 2) == [87, 73, 59, 45, 31, 17, 3]
+    assert all(type(t) is int for t in ts + samplers.timesteps(numpy.int64(T), 1, "linspace"))
+    seen = []
+
+    def watch(x, t):
+        seen.append(type(t))
+        return denoiser(x, t)
+
+    plain = samplers.sample_ddim(watch, x, abar, ts)
+    for grid in (numpy.array(ts), torch.tensor(ts), tuple(ts)):
+        assert torch.equal(samplers.sample_ddim(watch, x, abar, grid, grad_steps=2), plain)
+    assert set(seen) == {int}
+    for grid in ([80.0, 40.0], torch.tensor([80.0, 40.0]), 80):
+        with pytest.raises(ValueError, match="must descend within 1..T = 100, in integers"):
+            samplers.sample_ddim(denoiser, x, abar, grid)
+    for steps, offset, message in (
+        (7, 16, "offset = 16 must be at most 15 for 7 leading"),  # 1 + 15 + 6 * 14 = 100
+        (7, -1, "offset is -1; it must be an integer of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            samplers.timesteps(T, steps, "leading", offset)
+    with pytest.raises(ValueError, match="offset = 1 must be at most 0 for 7 trailing steps"):
+        samplers.timesteps(T, 7, offset=1)
+    assert samplers.timesteps(T, 7, "leading", 15)[0] == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_images_of_integers_are_refused(dtype):
+    abar, x = schedules.abar(COSINE, T), torch.ones(3, 2).to(dtype)
+    guide = guidance.LookAhead(denoiser, lambda x: x.sum(1), 1.0, abar, [50, 20])
+    for run in (
+        lambda: samplers.sample_ddim(denoiser, x, abar, [50, 20]),
+        lambda: samplers.sample_ancestral(denoiser, x, abar, [50, 20]),
+        lambda: samplers.sample_particles(guide, x, abar, [50, 20]),
+        lambda: samplers.draw_x_T((3, 2), abar, x0=x),
+        lambda: schedules.noise(x, torch.zeros(3, 2), abar[3]),
+        lambda: guidance.x0_from_eps(x, torch.zeros(3, 2), abar[3]),
+    ):
+        with pytest.raises(ValueError, match=rf"{dtype}: make them float.*/ 127.5 - 1"):
+            run()

@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import functools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from bilevel_core import distances, estimators, oracles, schedules
 from bilevel_core.lab import data, files, training
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
+from bilevel_core.seeds import derive_seed
 
 ORACLE = oracles.LinearGaussianSchedule()
 Q = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64)
@@ -235,6 +238,241 @@ def test_projection_keeps_a_margin_and_does_not_drift(kind):
             assert low + 0.02 - 1e-9 <= expanded[i] <= high - 0.02 + 1e-9
 
 
+# ---------------------------------------------------------------- seeds
+
+
+def test_every_stream_of_every_seed_draws_its_own():
+    """x_T, batches and training draws of runs 0, 1, 2, ...: no two alike, though a seed keeps 32 bits."""
+    runs, steps, drawn, records = [*range(6), 1000, 1002, 1004, -1, 2**31, 2**32, 2**32 + 2, 10**20], 2, {}, []
+    net = Linear(ORACLE.solve_star(Q))
+    for run in runs:
+        seen = []
+
+        def spy(f, z, seed, seen=seen):
+            seen.append(seed)
+            return estimators.q_grad_reverse(f, z, seed=seed)
+
+        state = new_state(seed=run, estimator=spy, sample_steps=1, samples=8, g_batch=8, batch_size=8)
+        drawn.setdefault("training", []).append(torch.rand(1, generator=state.star.generator).item())
+        records += learn_schedule(state, DATA[:500], steps=steps)
+        problem = ScheduleProblem(state, DATA[:500])
+        seen += [derive_seed("theta_gamma", run, i) for i in range(steps * state.inner)]
+        drawn.setdefault("seeds", []).extend(seen)
+        drawn.setdefault("f", []).extend(problem.f(Q[:3], net, seed).item() for seed in seen)
+        drawn.setdefault("g", []).extend(problem.g(Q[:3], net, seed).item() for seed in seen)
+    drawn |= {name: [getattr(record, name) for record in records] for name in ("f_star", "g_star", "se")}
+    assert len(drawn["seeds"]) == len(runs) * steps * (2 + 3)
+    for name, values in drawn.items():
+        assert len({str(value) for value in values}) == len(values), name
+
+
+def test_the_seeds_of_training_and_of_the_gradient_by_hand(monkeypatch):
+    seen, f = [], ScheduleProblem.f
+
+    def spy(self, z, net, seed, grad_steps=None):
+        seen.append((net is self.state.gamma_net.denoiser, seed))
+        return f(self, z, net, seed, grad_steps)
+
+    monkeypatch.setattr(ScheduleProblem, "f", spy)
+    list(learn_schedule(new_state(seed=5, estimator=estimators.q_grad_reverse), DATA, steps=2))
+    assert [seed for training, seed in seen if training] == [derive_seed("theta_gamma", 5, i) for i in range(6)]
+    expected = [derive_seed("gradient", 5, k, i) for k in range(2) for i in range(2) for _ in ("f", "f_star")]
+    assert [seed for training, seed in seen if not training] == expected
+
+
+def test_x_T_is_independent_of_the_batch_of_the_same_seed():
+    """f and g of one seed have streams of their own: else x_T would be the noise and the rows of g once more."""
+    correlations = []
+    for seed in range(400):
+        x_T, eps = (
+            torch.randn(256, 1, generator=torch.Generator().manual_seed(derive_seed(name, seed)), dtype=torch.float64)
+            for name in ("x_T", "batch")
+        )
+        correlations.append((x_T * eps).mean().item())
+    assert abs(sum(correlations)) / len(correlations) < 4 / (256 * 400) ** 0.5
+    state, seen = new_state(sample_steps=1), []
+    problem = ScheduleProblem(state, DATA)
+    problem.f(state.z, lambda x, t: (seen.append(x), 0 * x)[1], 7)
+    stream = torch.Generator().manual_seed(derive_seed("x_T", 7))
+    assert torch.equal(seen[0], torch.randn(256, 1, generator=stream, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", [1.5, True, None])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(TypeError, match=f"a seed is derived from texts and integers, at least one, not from {seed}"):
+        new_state(seed=seed)
+
+
+# ---------------------------------------------------------------- networks with noise and statistics of their own
+
+
+class Noisy(Linear):
+    """With dropout, a batch norm and noise that no mode turns off."""
+
+    def __init__(self, a, noise=0.0):
+        super().__init__(a)
+        self.drop, self.norm, self.noise = nn.Dropout(0.3), nn.BatchNorm1d(1).double(), noise
+
+    def forward(self, x, t):
+        return self.norm(super().forward(self.drop(x), t)) + self.noise * torch.randn_like(x)
+
+
+def noisy(noise=0.0):
+    net = Noisy(ORACLE.solve_star(Q), noise)
+    net.norm.running_mean += 0.1
+    return net
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_f_and_g_come_from_the_seed_alone_whatever_the_mode(training):
+    """The values are those of the network in evaluation mode; modes and global generator are left as they were."""
+    problem = ScheduleProblem(new_state(), DATA)
+    net, still = noisy().train(training), noisy().eval()
+    net.drop.train(not training)
+    before, statistics = [m.training for m in net.modules()], copy.deepcopy(net.state_dict())
+    z = problem.state.z
+    for part in (problem.f, problem.g):
+        expected = part(z, lambda x, t: still(x, t), 5)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            assert torch.equal(part(z, net, 5), expected) and not torch.equal(part(z, net, 6), expected)
+            drawn = torch.rand(3)
+            torch.manual_seed(seed)
+            assert torch.equal(drawn, torch.rand(3))
+        assert [m.training for m in net.modules()] == before and equal(net.state_dict(), statistics)
+        random = noisy(noise=0.1).train(training)
+        torch.manual_seed(3)
+        value = part(z, random, 5)
+        assert torch.equal(part(z, random, 5), value) and not torch.equal(value, expected)
+
+
+def test_dropout_and_batch_norm_in_the_gradient_and_in_training():
+    """Forward mode, the default, with a batch norm; both modes of differentiation agree; training has its dropout."""
+    states = [new_state(net=noisy(), estimator=e) for e in (estimators.q_grad_forward, estimators.q_grad_reverse)]
+    seen = []
+    for state in states:
+        for part in (state.star, state.gamma_net):
+            part.denoiser.drop.register_forward_hook(lambda m, *_: seen.append(m.training))
+    forward, reverse = (next(learn_schedule(state, DATA, steps=1)) for state in states)
+    torch.testing.assert_close(forward.grad, reverse.grad, rtol=1e-8, atol=1e-8)
+    assert forward.f == reverse.f and forward.g_gamma == reverse.g_gamma
+    one = (3 * [True]) + 3 * ([True] + 10 * [False])  # theta_star's steps; theta_gamma's, each with f in 10 DDIM steps
+    assert seen == 2 * one
+    problem, state = ScheduleProblem(states[0], DATA), states[0]
+    again = [problem.estimate(problem, state.z, state.star.ema, state.gamma_net.ema, 1e3)[0] for _ in range(2)]
+    assert torch.equal(*again)
+    masks = [next(learn_schedule(new_state(net=net), DATA, steps=1)).f for net in (noisy(), noisy())]
+    assert masks[0] == masks[1] == forward.f
+
+
+def test_zeroth_order_in_the_weights_evaluates_too():
+    state = new_state(net=noisy(), directions=2, sample_steps=3)
+    problem, net = ScheduleProblem(state, DATA), state.gamma_net.denoiser.train()
+    one, two = (problem._upper(state.z, net, 0).item() for _ in range(2))
+    assert one == two and net.drop.training and net.norm.num_batches_tracked == 0
+
+
+def test_resume_is_bit_for_bit_with_dropout_and_batch_norm(tmp_path):
+    def run(path, steps):
+        state = new_state(net=noisy(noise=0.01))
+        loop = learn_schedule(state, DATA, steps=steps)
+        return state, list(training.checkpointed(loop, state, tmp_path / path, steps=steps))
+
+    whole, records = run("whole", 4)
+    run("parts", 2)
+    torch.rand(7)  # the global generator is elsewhere
+    resumed, rest = run("parts", 4)
+    assert all(equal(a, b) for a, b in zip(records[2:], rest, strict=True)) and equal(whole, resumed)
+
+
+def test_a_quality_that_is_a_network_is_evaluated():
+    class Judge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return quality(self.drop(x))
+
+    state = new_state()
+    plain = ScheduleProblem(state, DATA).f(state.z, Linear(ORACLE.solve_star(Q)), 3)
+    state.quality = Judge()
+    assert torch.equal(ScheduleProblem(state, DATA).f(state.z, Linear(ORACLE.solve_star(Q)), 3), plain)
+    assert state.quality.drop.training
+
+
+class Attention(nn.Module):
+    """A denoiser of 4 x 4 images with the attention of torch: `how` names the call."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inner, self.outer = how, nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.heads, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.GroupNorm(2, 8)
+        for i, w in enumerate(self.parameters()):
+            w.data = 0.3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(i))
+
+    def forward(self, x, t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast"):
+            h = self.norm(self.inner(x)).flatten(2).transpose(1, 2)
+            if self.how == "heads":
+                h = h + self.heads(h, h, h)[0]
+            else:
+                q = h.unflatten(2, (2, 4)).transpose(1, 2)
+                h = h + nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+            return self.outer(h.transpose(1, 2).unflatten(2, x.shape[2:])).float()
+
+
+IMAGES = torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+def on_images(net, **options):
+    options = {"T": 20, "sample_steps": 2, "samples": 8, "g_batch": 8, "batch_size": 4, "inner": 2} | options
+    return new_state(net=net, **options)
+
+
+@pytest.mark.parametrize("how", ["fused", "heads"])
+def test_attention_has_a_forward_mode(how):
+    """By fused kernels it has none in torch: with the plain ones the default estimator and reverse mode agree."""
+    records = [
+        next(learn_schedule(on_images(Attention(how), estimator=estimator), IMAGES, steps=1))
+        for estimator in (estimators.q_grad_forward, estimators.q_grad_reverse)
+    ]
+    torch.testing.assert_close(records[0].grad, records[1].grad, rtol=1e-3, atol=1e-3 * records[1].grad.abs().max())
+
+
+def test_where_there_is_no_forward_mode_the_error_names_the_remedy():
+    state = on_images(Attention("autocast"))
+    before = copy.deepcopy(state.tensors())
+    with pytest.raises(RuntimeError, match=r"not in forward mode \(.*\): pass estimator=estimators.q_grad_reverse"):
+        next(learn_schedule(state, IMAGES, steps=1))
+    assert equal(state.tensors(), before)
+    remedied = on_images(Attention("autocast"), estimator=estimators.q_grad_reverse)
+    assert torch.isfinite(next(learn_schedule(remedied, IMAGES, steps=1)).grad).all()
+
+
+@pytest.mark.slow
+def test_an_ordinary_unet_with_attention_and_dropout_is_learned_for():
+    from diffusers import UNet2DModel
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "dropout": 0.1}
+            torch.manual_seed(0)
+            self.unet = UNet2DModel(8, 1, 1, **shape, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+
+        def forward(self, x, t):
+            return self.unet(x, torch.as_tensor(t) - 1).sample
+
+    x0 = torch.nn.functional.interpolate(IMAGES, scale_factor=2)
+    records = [
+        next(learn_schedule(on_images(Net(), estimator=estimator), x0, steps=1))
+        for estimator in (estimators.q_grad_forward, estimators.q_grad_reverse)
+    ]
+    torch.testing.assert_close(records[0].grad, records[1].grad, rtol=1e-3, atol=1e-3 * records[1].grad.abs().max())
+
+
 @pytest.mark.slow
 def test_images_in_single_precision_with_the_distance_of_features():
     """The shapes of the experiment, at the smallest size: U-Net, classifier, digits; forward and reverse mode agree."""
@@ -345,6 +583,10 @@ def test_costs_are_counted():
     assert record.cost == state.cost == trained + upper + outer
 
 
+def annealed_by(factor, k):
+    return 1e3 * factor**k
+
+
 def annealed(k):
     return 1e3 * 1.5**k
 
@@ -415,6 +657,43 @@ def test_resuming_with_other_parameters_is_refused(tmp_path, option, said):
     new_state(rate=0.02).load(*files.load_state(tmp_path / "state"))
 
 
+def test_resuming_with_other_data_or_another_network_is_refused(tmp_path):
+    state = new_state()
+    next(learn_schedule(state, DATA, steps=1))
+    files.save_state(tmp_path / "state", state.tensors(), state.meta())
+    for x0 in (DATA * 1.0001, DATA.flip(0), DATA[1:], DATA.float()):
+        other = new_state()
+        loop = learn_schedule(other, x0, steps=3)
+        with pytest.raises(
+            ValueError, match=r"the saved run has other data or schedule \(x0: \['torch.float64', \[20000, 1\]"
+        ):
+            list(training.checkpointed(loop, other, tmp_path / "state", steps=3))
+    assert files.load_state(tmp_path / "state")[1]["step"] == 1
+    same = new_state()
+    loop = learn_schedule(same, DATA.clone(), steps=3)
+    assert len(list(training.checkpointed(loop, same, tmp_path / "state", steps=3))) == 2
+    with pytest.raises(ValueError, match=r"other weights \(a: torch.float64 \(50,\) -> torch.float64 \(60,\)\)"):
+        new_state(net=Linear(torch.zeros(60).double())).load(*files.load_state(tmp_path / "state"))
+
+
+def test_arguments_of_functions_and_tensors_among_them_are_compared():
+    lengths = torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
+
+    def state(*args, scale=1.0, **options):
+        estimator = functools.partial(estimators.q_grad_coordinates, delta=scale * lengths)
+        return new_state(estimator=estimator, gamma=functools.partial(annealed_by, *args), **options)
+
+    first = state(1.5)
+    meta = json.loads(json.dumps(first.meta()))
+    state(1.5, inner=np.int64(3)).load(first.tensors(), meta)
+    with pytest.raises(ValueError, match=r"gamma: \['annealed_by', 1.5, {}\] -> \['annealed_by', 2.0, {}\]"):
+        state(2.0).load(first.tensors(), meta)
+    with pytest.raises(
+        ValueError, match=r"estimator: .*'delta': \[0.01, 0.02, 0.03\].* -> .*'delta': \[0.02, 0.04, 0.06\]"
+    ):
+        state(1.5, scale=2.0).load(first.tensors(), meta)
+
+
 def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
     state, _ = checkpointed(tmp_path / "state", 4, every=100)
     before = copy.deepcopy(state.tensors()), state.meta()
@@ -434,10 +713,16 @@ def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
     def broken_in_the_gradient(x):
         return quality(x) if x.requires_grad else quality(x) * math.nan
 
+    @functools.wraps(quality)
+    def without_slope(x):
+        return quality(x) + (0 * x.mean()).sqrt()
+
     state.quality = broken
-    check(FloatingPointError, "the loss is nan at step 13; lower lr = 0.001 or resume the last checkpoint")
+    check(FloatingPointError, "quality is nan for 256 samples that are finite")
     state.quality = broken_in_the_gradient
-    check(FloatingPointError, "the gradient at k = 4, .* is not finite")
+    check(FloatingPointError, "quality is nan for 256 samples that are finite")
+    state.quality = without_slope
+    check(FloatingPointError, r"the gradient of the loss is not finite at step 13, though the loss is 0\.")
     state.quality = quality
 
     @functools.wraps(validate)
@@ -467,7 +752,7 @@ def test_what_is_not_finite_stops_before_anything_is_touched(tmp_path):
         ({"kind": "quadratic"}, "kind is 'quadratic'"),
         ({"form": "half"}, "form is 'half'"),
         ({"T": 1}, "T is 1; it must be an integer of at least 2"),
-        ({"T": 5, "sample_steps": 6}, "steps = 6 must lie in 1..T = 5"),
+        ({"T": 5, "sample_steps": 6}, "sample_steps = 6 must lie in 1..T = 5"),
         ({"sample_steps": 0}, "sample_steps = 0 must be at least 1"),
         ({"samples": 1}, "samples = 1 must be at least 2"),
         ({"samples": 0}, "samples = 0 must be at least 2"),
@@ -492,9 +777,25 @@ def test_bad_parameters(option, said):
         new_state(net=Linear(ORACLE.solve_star(Q)), **option)
 
 
+@pytest.mark.parametrize("x0", [(IMAGES * 127 + 128).byte(), IMAGES * 127.5 + 127.5, IMAGES * 8 + 8])
+def test_pixel_values_are_refused(x0):
+    said = (
+        r"x0 of shape \(40, 1, 4, 4\) has .*values from [01] to (255|16): scale it to about \[-1, 1\], from 0..255 by "
+    )
+    with pytest.raises(ValueError, match=said):
+        next(learn_schedule(on_images(Attention("fused")), x0, steps=1))
+
+
+def test_weights_that_are_all_zero_have_a_distance():
+    problem = ScheduleProblem(new_state(), DATA)
+    zero = Linear(torch.zeros(50, dtype=torch.float64))
+    info = problem.estimate(problem, problem.state.z, zero, zero, 1e3)[1]
+    assert info["moved"] == 0
+
+
 def test_bad_data_and_bad_quality():
-    for x0 in (DATA[:1], DATA[:0], DATA * math.inf):
-        with pytest.raises(ValueError, match="must be finite, with at least 2 rows"):
+    for x0, said in ((DATA[:1], "at least 2 rows"), (DATA[:0], "at least 2 rows"), (DATA * math.inf, "be finite")):
+        with pytest.raises(ValueError, match=f"x0 of shape .* must .*{said}"):
             next(learn_schedule(new_state(), x0, steps=1))
     state = new_state()
     with pytest.raises(FloatingPointError, match="the samples at q = .* are not finite: lower lr = 0.001 or rate"):

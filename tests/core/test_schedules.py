@@ -1,11 +1,12 @@
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel_core import schedules
+from bilevel_core import samplers, schedules
 
 Q = {kind: torch.tensor(q, dtype=torch.float64) for kind, q in schedules.DEFAULT_Q.items()}
 
@@ -78,6 +79,9 @@ def test_every_admissible_q_is_finite_with_gradient(kind, data):
     (grad,) = torch.autograd.grad(abar.sum() + schedules.log_snr(abar[1:]).sum(), q)
     assert torch.isfinite(abar).all() and torch.isfinite(grad).all()
     assert (abar[1:] < abar[:-1]).all() and abar[-1] >= schedules.MIN_ABAR * (1 - 1e-9)
+    for table in (abar, abar.float()):  # in float32 the first may be equal
+        assert torch.equal(schedules.check_abar(table), table.double())
+    assert samplers.check_grid(range(T, 0, -1), abar) == list(range(T, 0, -1))
 
 
 def test_the_released_zero_over_zero_is_gone():
@@ -117,7 +121,9 @@ def test_bad_names_shapes_and_sizes():
     with pytest.raises(ValueError, match="not finite"):
         schedules.project(torch.tensor([0, 1, float("inf"), 0]), 10)
     with pytest.raises(ValueError, match=r"betas must lie in \[0, 1\)"):
-        schedules.abar_from_betas(torch.tensor([0.1, 1.0]))
+        schedules.abar_from_betas(torch.tensor([0.1, 1.0, 0.1]))
+    with pytest.raises(ValueError, match=r"betas have shape \(2, 1\); they must be a table \(T,\)"):
+        schedules.abar_from_betas(torch.zeros(2, 1))
 
 
 def test_projection_lowers_end_only_when_the_signal_would_vanish():
@@ -261,6 +267,9 @@ def test_signal_to_noise_and_tables_of_betas():
     torch.testing.assert_close(schedules.log_snr(abar), expected, rtol=0, atol=1e-15)
     found = schedules.abar_from_betas(torch.tensor([0.0, 0.5, 0.2], dtype=torch.float64))  # zero is allowed
     torch.testing.assert_close(found, torch.tensor([1.0, 1.0, 0.5, 0.4], dtype=torch.float64), rtol=0, atol=1e-15)
+    found = schedules.abar_from_betas(torch.tensor([0.5, 1.0]))  # one at the end: zero terminal SNR
+    assert found.tolist() == [1.0, 0.5, 0.0]
+    assert schedules.log_snr(found).tolist() == [math.inf, 0.0, -math.inf]
     with pytest.raises(ValueError, match="found -0.1 to 0.3"):
         schedules.abar_from_betas(torch.tensor([0.3, -0.1]))
     assert schedules.betas(torch.tensor([0.0, 1.0, 1.0, 0.0]), 10)[-1] == 0.999
@@ -279,10 +288,16 @@ def test_the_bounds_themselves_are_admissible():
                 schedules.check(q, 10, "sigmoid")
     with pytest.raises(ValueError, match=r"end - start = 0.0499 is below 0.05: raise end or lower start"):
         schedules.check(torch.tensor([0.5, 0.5499, 1.0, 0.0], dtype=torch.float64), 10)
-    for T in (2.0, 1, True):
-        with pytest.raises(ValueError, match=f"T is {T}; it must be an integer of at least 2"):
+    for T in (2.0, 1, True, "10", None):
+        with pytest.raises(ValueError, match=f"T is {T!r}; it must be an integer of at least 2"):
             schedules.betas(Q["cosine"], T)
     assert len(schedules.betas(Q["cosine"], 2)) == 2
+    for T in (numpy.int64(10), numpy.uint8(10), torch.tensor(10)):
+        assert torch.equal(schedules.abar(Q["cosine"], T), schedules.abar(Q["cosine"], 10))
+        assert torch.equal(schedules.project(Q["cosine"], T), schedules.project(Q["cosine"], 10))
+        schedules.check(Q["cosine"], T)
+    with pytest.raises(ValueError, match="kind is 'cosin'"):
+        schedules.project(Q["cosine"], 10, "cosin")
 
 
 def test_projection_keeps_its_margin_and_opens_the_gap():
@@ -298,7 +313,7 @@ def test_projection_keeps_its_margin_and_opens_the_gap():
 
 
 def test_the_terminal_warning_names_its_numbers():
-    abar = torch.tensor([1.0, 1e-4, 0.04])
+    abar = torch.tensor([1.0, 0.5, 0.04])
     with pytest.warns(UserWarning, match=r"abar_T = 0.04: x_T still holds sqrt\(abar_T\) = 0.2 of"):
         assert schedules.check_terminal(abar) is True
     assert schedules.check_terminal(torch.tensor([1.0, 0.5, schedules.TERMINAL_ABAR], dtype=torch.float64)) is False

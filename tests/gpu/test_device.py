@@ -124,7 +124,7 @@ def test_guidance(device, options):
         return images, path_kl(record, abar.to(where), ts), meter.cost
 
     (images, kl, cost), (want, want_kl, want_cost) = run(device), run("cpu")
-    torch.testing.assert_close(on(device, images), want, **CLOSE)
+    torch.testing.assert_close(on(device, images), want, rtol=5e-3, atol=2e-4)  # an untrained network runs away
     torch.testing.assert_close(on(device, kl), want_kl, rtol=2e-3, atol=1e-6)
     assert cost == want_cost
 
@@ -160,7 +160,7 @@ def test_estimators_in_lam(device):
         up, low = r_up.to(where), r_low.to(where)
         grad, info = estimators.lam_grad_penalty(up, low, torch.tensor(0.7, device=where), 50.0)
         weights, _ = estimators.tilt_weights(low, 0.7)
-        assert weights.device.type == torch.device(where).type
+        assert weights.device.type == "cpu"  # float64 on the CPU, wherever the rewards lie
         last = list(learn_lam(TiltSamples(up, low), 1.0))[-1]
         return float(grad), float(info["se"]), last.lam, last.up
 

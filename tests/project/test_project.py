@@ -29,7 +29,7 @@ SOURCES = sorted(
     if "__pycache__" not in path.parts
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CORE_BUDGET = 1_500  # lines of code of the whole core
+CORE_BUDGET = 1_800  # lines of code of the whole core
 CELL_LIMIT = 45  # lines
 PYTHONS = ("3.11", "3.12", "3.13")
 

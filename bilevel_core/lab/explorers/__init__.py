@@ -6,7 +6,7 @@ explorer.show()
 
 from .controls import ROLES, Choice, Image, Line, Panel, Slider
 from .engine import Explorer
-from .gamma import gamma_explorer
+from .gamma import gamma_explorer, linear_gaussian_gamma
 from .lam import lam_explorer
 from .penalty import penalty_explorer
 from .samples import Tilted, samples_explorer
@@ -24,6 +24,7 @@ __all__ = [
     "Tilted",
     "gamma_explorer",
     "lam_explorer",
+    "linear_gaussian_gamma",
     "penalty_explorer",
     "samples_explorer",
     "schedule_explorer",

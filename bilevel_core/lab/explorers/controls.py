@@ -1,10 +1,8 @@
-"""What an explorer is made of: sliders, choices, panels, lines and images; and how numbers and labels are written."""
+"""What an explorer is made of: sliders, choices, panels, lines and images."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +26,7 @@ class Slider:
     step    distance of neighbouring values of a linear slider
     log     values per decade of a logarithmic one (its values are rounded to two digits: 1, 1.1, 1.3, ...)
     format  ".2f" decimals or ".3g" significant digits
+    names   what is shown in place of each of its values
     """
 
     name: str
@@ -39,8 +38,11 @@ class Slider:
     log: int = 0
     format: str = ".2f"
     hint: str = ""
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.grid()):
+            raise ValueError(f"slider {self.name}: {len(self.names)} names for {len(self.grid())} values")
         if not self.min < self.max or not self.min <= self.value <= self.max:
             raise ValueError(f"slider {self.name}: need min < max and min <= value <= max, got {self}")
         if self.log and self.min <= 0:
@@ -101,7 +103,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, or with `shape` "area", "points", "vline" (x holds one value), "hline" (y holds one value)."""
+    """A curve, or with `shape` "area", "points", "vline" (x holds one value), "hline" (y holds one value).
+
+    Lines of one panel that share label, role and shape share an entry of the legend.
+    """
 
     label: str
     x: Sequence[float]
@@ -120,40 +125,3 @@ class Image:
 
     label: str
     pixels: Sequence[Sequence[float]]
-
-
-def format_number(value: float | str, spec: str = ".4g") -> str:
-    """A number as the page writes it: ".2f" decimals, ".3g" digits and 1.2 × 10⁻⁵ where very small or large."""
-    if isinstance(value, str):
-        return value
-    if math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    digits = int(spec[1:-1])
-    if spec.endswith("f"):
-        text = f"{value:.{digits}f}"
-        return (text.replace("-", "") if float(text) == 0 else text).replace("-", "−")
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    power = int(exponent)
-
-    def bare(text: str) -> str:
-        return text.rstrip("0").rstrip(".") if "." in text else text
-
-    if -4 <= power < 6:
-        return bare(f"{value:.{max(0, digits - 1 - power)}f}").replace("-", "−")
-    return f"{bare(mantissa)} × 10{str(power).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}".replace("-", "−")
-
-
-def strip(text: str) -> str:
-    return re.sub(r"([_^])\{([^}]*)\}", r"\1\2", text)
-
-
-def markup(text: str, tag: bool) -> str:
-    """_{...} and ^{...} as HTML (tag) or as matplotlib's mathtext."""
-    if tag:
-        names = {"_": "sub", "^": "sup"}
-        return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"<{names[m[1]]}>{m[2]}</{names[m[1]]}>", html.escape(text))
-    return re.sub(r"([_^])\{([^}]*)\}", lambda m: f"$\\mathrm{{{{}}}}{m[1]}{{{m[2]}}}$", text)

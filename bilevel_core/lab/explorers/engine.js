@@ -1,4 +1,4 @@
-// The runtime of every explorer on a page: builds the controls, calls compute(values, data, memo) at most once per
+// The runtime of every explorer on a page: builds the controls, calls compute(values, data, memo, format) at most once per
 // frame, and draws the panels. Written inline into each explorer's HTML; the first one on a page defines it.
 (() => {
   "use strict";
@@ -24,7 +24,8 @@
     const power = Number(exponent);
     const bare = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
     if (power >= -4 && power < 6) return minus(bare(value.toFixed(Math.max(0, digits - 1 - power))));
-    return minus(bare(mantissa)) + " × 10" + [...String(power)].map((c) => SUPER[c]).join("");
+    const lead = minus(bare(mantissa)).replace(/^(−?)1$/, "$1"), raised = "10" + [...String(power)].map((c) => SUPER[c]).join("");
+    return lead && lead !== "−" ? `${lead} × ${raised}` : lead + raised;
   }
 
   // "L_{γ}(λ)" -> [["L", ""], ["γ", "_"], ["(λ)", ""]]
@@ -124,7 +125,19 @@
     clip.append(box);
     canvas.append(clip, frame, curves, front);
     holder.append(canvas);
-    let frameKey = "", legendKey = "";
+    let frameKey = "", legendKey = "", marginKey = "", marginWidth = 52;
+    // room for the axis's name and the widest of its numbers
+    const margin = (labels) => {
+      const key = labels.join("|");
+      if (key === marginKey) return marginWidth;
+      const trial = svg("g", { visibility: "hidden" }), texts = labels.map((label) => svgText({}, label));
+      trial.append(...texts);
+      canvas.append(trial);
+      const widest = Math.max(0, ...texts.map((text) => text.getComputedTextLength()));
+      trial.remove();
+      marginKey = key;
+      return (marginWidth = Math.max(52, Math.ceil(widest) + 28));
+    };
 
     return (series) => {
       const width = Math.floor(holder.clientWidth);
@@ -132,14 +145,16 @@
       const height = Math.round(Math.min(panel.wide ? 280 : 250, Math.max(190, width * (panel.wide ? 0.42 : 0.64))));
       const [x0, x1] = limits(panel.xlim, series, "x", panel.xlog);
       const [y0, y1] = limits(panel.ylim, series, "y", panel.ylog);
-      const left = 52, right = width - 10, top = 10, bottom = height - 40;
+      const right = width - 10, top = 10, bottom = height - 40;
+      const levels = ticks(y0, y1, panel.ylog, Math.max(3, Math.min(6, (bottom - top) / 36)));
+      const left = margin(levels.map(([, label]) => label));
       const scale = (a, b, p, q, log) =>
         log
           ? (value) => (value > 0 ? p + ((Math.log(value) - Math.log(a)) / (Math.log(b) - Math.log(a))) * (q - p) : NaN)
           : (value) => p + ((value - a) / (b - a)) * (q - p);
       const X = scale(x0, x1, left, right, panel.xlog), Y = scale(y0, y1, bottom, top, panel.ylog);
 
-      const key = [width, height, x0, x1, y0, y1].join();
+      const key = [width, height, left, x0, x1, y0, y1].join();
       if (key !== frameKey) {
         frameKey = key;
         for (const [name, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) canvas.setAttribute(name, value);
@@ -151,7 +166,7 @@
           rule(at, top, at, bottom, "blx-grid");
           frame.append(svgText({ x: at, y: bottom + 16, "text-anchor": "middle" }, label));
         }
-        for (const [value, label] of ticks(y0, y1, panel.ylog, Math.max(3, Math.min(6, (bottom - top) / 36)))) {
+        for (const [value, label] of levels) {
           const at = Y(value);
           rule(left, at, right, at, "blx-grid");
           frame.append(svgText({ x: left - 6, y: at + 4, "text-anchor": "end" }, label));
@@ -197,8 +212,9 @@
       curves.replaceChildren(...nodes);
       front.replaceChildren(...dots);
 
-      const named = series.filter((line) => line.label);
-      const names = named.map((line) => line.label + line.role + line.shape).join("|");
+      const entry = (line) => line.label + line.role + line.shape;
+      const named = series.filter((line, i) => line.label && series.findIndex((other) => entry(other) === entry(line)) === i);
+      const names = named.map(entry).join("|");
       if (names !== legendKey) {
         legendKey = names;
         legend.replaceChildren(
@@ -305,7 +321,7 @@
         const input = el("input", { type: "range", id, name: control.name, min: 0, step: 1 }), shown = el("output", { for: id });
         let list = [];
         const show = () => {
-          shown.textContent = format(values[control.name], control.format);
+          shown.textContent = (control.names || [])[Number(input.value)] || format(values[control.name], control.format);
           input.setAttribute("aria-valuetext", shown.textContent);
         };
         const range = (slider) => {
@@ -348,7 +364,7 @@
 
     let cells = [], messageWidth = 0, messageHeight = 0;
     function draw() {
-      result = compute(values, spec.data, memo);
+      result = compute(values, spec.data, memo, format);
       for (const [id, paint] of painters) paint(result[id] || []);
       const rows = result.readout || [];
       if (cells.length !== rows.length || cells.some((cell, i) => cell.label !== rows[i][0])) {
@@ -388,7 +404,7 @@
     root.explorer = {
       values: () => ({ ...values }),
       result: () => result,
-      compute: (given) => compute(given, spec.data, {}),
+      compute: (given) => compute(given, spec.data, {}, format),
       format,
     };
   }

@@ -21,7 +21,8 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from .controls import ROLES, Choice, Image, Line, Panel, Slider, format_number, markup, strip
+from ..writing import format_number, markup, strip
+from .controls import ROLES, Choice, Image, Line, Panel, Slider
 
 _COLOURS = {  # the rest of the dark theme; the light one is in engine.css
     "bg": "#171b21",
@@ -43,8 +44,9 @@ class Explorer:
     name      letters, digits and hyphens: the base of all element ids
     compute   (**values) -> {panel id: [Line or Image, ...], "readout": [(label, number or string[, format]), ...],
               "message": text, "warn": whether it is a warning}
-    js        body of a JavaScript function (values, data, memo) that returns the same as plain objects
-              {label, x, y, role, shape} or {label, pixels}; memo is an object that is kept from call to call
+    js        body of a JavaScript function (values, data, memo, format) that returns the same as plain objects
+              {label, x, y, role, shape} or {label, pixels}; memo is an object that is kept from call to call, format
+              is `writing.format_number`
     data      constants for the JavaScript, anything that JSON can hold
     title, caption, alt   the heading, the text below, and the description read out by a screen reader
     """
@@ -103,13 +105,13 @@ class Explorer:
             f" At its first setting: {shown}." if shown else ""
         )
         caption = f'<div class="blx-caption">{markup(self.caption, True)}</div>' if self.caption else ""
-        element = f"blx-{self.name}"
+        element, given = f"blx-{self.name}", "(values, data, memo, format)"
         return (
             f"<style>{css}</style>"
             f'<div class="blx" id="{element}" role="figure" aria-label="{html.escape(self.alt, quote=True)}">'
             f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</div>'
             f"<script>{runtime}\n"
-            f'window.{key}.mount("{element}", {embed_json(spec)}, (values, data, memo) => {{\n{_slim(self.js)}\n}});'
+            f'window.{key}.mount("{element}", {embed_json(spec)}, {given} => {{\n{_slim(self.js)}\n}});'
             "</script>"
         )
 

@@ -67,7 +67,7 @@ def gamma_explorer() -> Explorer:
             tilted = linear_gaussian_gamma(oracle, q, gamma)
             grad, info = estimators.penalty_grad(oracle, q, star, tilted, gamma)
             row.append([info["f"], info["f"] + gamma * info["gap"], *grad[:3].tolist()])
-        table.append([[float(f"{v:.6g}") for v in entry] for entry in row])
+        table.append([[float(f"{v:.5g}") for v in entry] for entry in row])
     limits = [[float(f"{v:.6g}") for v in row] for row in limits]
 
     def compute(gamma: float, end: float, which: str) -> dict[str, Any]:

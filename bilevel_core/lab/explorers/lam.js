@@ -85,8 +85,8 @@ return {
   curve: [
     marker,
     line("exact", lams, curves.exact.map((c) => c.up), "base"),
-    line("batch + 1.96 se", lams, curves.batch.map((c) => c.up + 1.96 * c.upSe), "zero"),
-    line("batch − 1.96 se", lams, curves.batch.map((c) => c.up - 1.96 * c.upSe), "zero"),
+    line("batch ± 1.96 standard errors", lams, curves.batch.map((c) => c.up + 1.96 * c.upSe), "zero"),
+    line("batch ± 1.96 standard errors", lams, curves.batch.map((c) => c.up - 1.96 * c.upSe), "zero"),
     line("batch", lams, curves.batch.map((c) => c.up), "star"),
   ],
   grad: [

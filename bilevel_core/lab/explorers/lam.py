@@ -76,8 +76,8 @@ def lam_explorer(seed: int = 0) -> Explorer:
             "curve": [
                 Line("", [lam], [], "marker", "vline"),
                 Line("exact", lams, -problem.value(lams), "base"),
-                Line("batch + 1.96 se", lams, [f[2] + 1.96 * f[3] for f in found], "zero"),
-                Line("batch − 1.96 se", lams, [f[2] - 1.96 * f[3] for f in found], "zero"),
+                Line("batch ± 1.96 standard errors", lams, [f[2] + 1.96 * f[3] for f in found], "zero"),
+                Line("batch ± 1.96 standard errors", lams, [f[2] - 1.96 * f[3] for f in found], "zero"),
                 Line("batch", lams, [f[2] for f in found], "star"),
             ],
             "grad": [

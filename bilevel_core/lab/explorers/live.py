@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .controls import ROLES, Choice, Panel, Slider, format_number, markup, strip
+from ..writing import format_number, markup, strip
+from .controls import ROLES, Choice, Panel, Slider
 
 
 class Plots:
@@ -89,11 +90,14 @@ class Plots:
         return artists
 
     def _new_lines(self, axes: Any, panel: Panel, lines: Sequence[dict[str, Any]]) -> list[Any]:
-        artists = []
+        artists, named = [], set()
         for line in lines:
+            entry = (line["label"], line["role"], line["shape"])
+            label = None if entry in named else markup(line["label"], False) or None
+            named.add(entry)
             colour, _, dash, width = ROLES[line["role"]]
             style = (0, tuple(float(d) / width for d in dash.split())) if dash else "-"
-            look = {"color": colour, "linewidth": 0.8 * width, "label": markup(line["label"], False) or None}
+            look = {"color": colour, "linewidth": 0.8 * width, "label": label}
             if line["shape"] == "vline":
                 artist = axes.axvline(1, linestyle=style, **look)
             elif line["shape"] == "hline":
@@ -197,6 +201,9 @@ def live(explorer: Any) -> Any:
                 description=text,
                 **look,
             )
+        elif control.names:
+            options = list(zip(control.names, control.grid(), strict=True))
+            widget = ipywidgets.SelectionSlider(options=options, value=control.value, description=text, **look)
         elif control.log:
             widget = ipywidgets.FloatLogSlider(
                 value=control.value,
@@ -229,7 +236,7 @@ def live(explorer: Any) -> Any:
     def reset(_: Any = None) -> None:
         busy["ranges"] = True
         for name, control in sliders.items():
-            if control.log:
+            if control.log or control.names:
                 widgets[name].value = control.value
             else:
                 _set_range(widgets[name], asdict(control))

@@ -1,4 +1,4 @@
-// Body of (values, data, memo) => result for penalty_explorer: the Tilt of bilevel_core/oracles.py, for the page.
+// Body of (values, data, memo, format) => result for penalty_explorer: the Tilt of bilevel_core/oracles.py, for the page.
 const [low, high, n] = data.nodes, h = (high - low) / (n - 1), { gamma, lam } = values;
 const logSumExp = (a) => {
   let top = -Infinity, sum = 0;
@@ -82,7 +82,11 @@ const value = penalty(lam, star, tilted), grad = slope(star, tilted);
 const to = Math.max(5, Math.ceil(Math.max(star.reach, tilted.reach)));
 const first = Math.round((-5 - low) / h), count = Math.round((to + 5) / h) + 1;
 const view = Array.from(x).slice(first, first + count), part = (list) => list.slice(first, first + count);
-const warn = grad * star.hyper < 0;
+const ratio = grad / star.hyper;
+let message = ratio < 0 ? data.wrong : data.close;
+if (ratio >= 0 && !(ratio >= 1 / data.sameSize && ratio <= data.sameSize)) {
+  message = data.wrongSize.replace("RATIO", format(ratio, ".2g"));
+}
 return {
   laws: [
     { label: "0.4 exp(r_{up})", x: view, y: view.map((v) => 0.4 * Math.exp(-((v - 1.2) ** 2) / 2)), role: "reward", shape: "area" },
@@ -107,6 +111,6 @@ return {
     ["KL(p_{∗} ‖ p_{0})", star.kl], ["KL(p_{γ} ‖ p_{0})", tilted.kl],
     ["argmin L_{γ}", memo.best], ["λ^{∗}", data.lamStar],
   ],
-  message: warn ? data.wrong : data.right,
-  warn,
+  message,
+  warn: message !== data.close,
 };

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import oracles
+from ..writing import format_number
 from .controls import Line, Panel, Slider
 from .engine import Explorer, read_asset
 
@@ -19,7 +20,12 @@ _LAMS = (0.05, 50.0, 121)  # the axis of the panels over lambda
 _WRONG_SIGN = (
     "The penalty gradient (A) has the wrong sign here: at this γ it pushes λ away from the true optimum. Raise γ."
 )
-_RIGHT_SIGN = "The penalty gradient (A) and the hypergradient (C) have the same sign here."
+_WRONG_SIZE = (
+    "The penalty gradient (A) has the right sign here, but RATIO times the size of the hypergradient (C): p_{γ} is not "
+    "yet near p_{∗}. Raise γ."
+)
+_CLOSE = "The penalty gradient (A) and the hypergradient (C) have the same sign here, and nearly the same size."
+_SAME_SIZE = 2.0  # a ratio of their sizes beyond this, or below its inverse, is a warning
 
 
 def penalty_explorer() -> Explorer:
@@ -54,6 +60,11 @@ def penalty_explorer() -> Explorer:
         values, grads, best = curves(gamma)
         star, tilted = problem.p_gamma(lam), problem.p_gamma(lam, gamma)
         grad, hyper = float(problem.penalty_grad(lam, gamma)), float(problem.hypergrad(lam))
+
+        ratio = grad / hyper
+        message = _WRONG_SIGN if ratio < 0 else _CLOSE
+        if ratio >= 0 and not 1 / _SAME_SIZE <= ratio <= _SAME_SIZE:
+            message = _WRONG_SIZE.replace("RATIO", format_number(ratio, ".2g"))
 
         def reach(log_p: Tensor) -> float:
             mean = problem.mean(log_p, x)
@@ -90,8 +101,8 @@ def penalty_explorer() -> Explorer:
                 ("argmin L_{γ}", best),
                 ("λ^{∗}", lam_star),
             ],
-            "message": _WRONG_SIGN if grad * hyper < 0 else _RIGHT_SIGN,
-            "warn": grad * hyper < 0,
+            "message": message,
+            "warn": message != _CLOSE,
         }
 
     return Explorer(
@@ -115,7 +126,9 @@ def penalty_explorer() -> Explorer:
             "lams": _LAMS,
             "lamStar": lam_star,
             "wrong": _WRONG_SIGN,
-            "right": _RIGHT_SIGN,
+            "wrongSize": _WRONG_SIZE,
+            "close": _CLOSE,
+            "sameSize": _SAME_SIZE,
         },
         title="How large must γ be?",
         caption=(

@@ -4,8 +4,8 @@ const line = (label, x, y, role, shape = "line") => ({ label, x, y, role, shape 
 const unpack = (rows) => rows.map((row) => [...row].map((c) => (2 * (c.charCodeAt(0) - 48)) / (data.greys - 1) - 1));
 const band = (sign) => data.lams.map((_, k) => now.up[k] + sign * 1.96 * now.se[k]);
 const curve = [
-  line("+ 1.96 se", data.lams, band(1), "zero"),
-  line("− 1.96 se", data.lams, band(-1), "zero"),
+  line("± 1.96 standard errors", data.lams, band(1), "zero"),
+  line("± 1.96 standard errors", data.lams, band(-1), "zero"),
   line(data.labels.up, data.lams, now.up.slice(0, n), "star"),
 ];
 if (i < n) curve.unshift(line("", [data.lams[i]], [], "marker", "vline"));

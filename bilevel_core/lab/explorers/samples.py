@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .controls import Choice, Image, Line, Panel, Slider, format_number
+from ..writing import format_number
+from .controls import Choice, Image, Line, Panel, Slider
 from .engine import Explorer, read_asset
 
 _GREYS = 64  # levels that a pixel is kept in, each a character from "0" on
@@ -43,6 +44,9 @@ def samples_explorer(frames: Mapping[str, Sequence[Tilted]], *, up: str, low: st
             raise ValueError(f"lambda of {prompt!r} must increase and be the same for every prompt: {lams}")
     names = ["∞ (pre-trained)" if math.isinf(lam) else format_number(lam, ".2g") for lam in lams]
     finite = [lam for lam in lams if math.isfinite(lam)]
+    first = frames[prompts[0]]
+    hint = "from over-optimised to pre-trained"
+    opening = max(range(len(lams)), key=lambda k: first[k].up)  # where there is something to see
 
     def pack(image: Tensor) -> list[str]:
         levels = ((image.double().clamp(-1, 1) + 1) / 2 * (_GREYS - 1)).round().long()
@@ -67,18 +71,17 @@ def samples_explorer(frames: Mapping[str, Sequence[Tilted]], *, up: str, low: st
         def unpack(rows: list[str]) -> list[list[float]]:
             return [[2 * (ord(c) - 48) / (_GREYS - 1) - 1 for c in row] for row in rows]
 
+        def edge(errors: float) -> list[float]:
+            return [u + errors * se for u, se in zip(now["up"][:n], now["se"], strict=False)]
+
         level = now["up"][-1] if n < len(lams) else None
         return {
             "samples": [Image(str(k + 1), unpack(rows)) for k, rows in enumerate(now["images"][i])],
             "curve": [
                 *([Line("pre-trained", [], [level], "base", "hline")] if level is not None else []),
                 *([Line("", [lams[i]], [], "marker", "vline")] if i < n else []),
-                Line(
-                    "+ 1.96 se", finite, [u + 1.96 * s for u, s in zip(now["up"][:n], now["se"], strict=False)], "zero"
-                ),
-                Line(
-                    "− 1.96 se", finite, [u - 1.96 * s for u, s in zip(now["up"][:n], now["se"], strict=False)], "zero"
-                ),
+                Line("± 1.96 standard errors", finite, edge(1.96), "zero"),
+                Line("± 1.96 standard errors", finite, edge(-1.96), "zero"),
                 Line(f"E {up}", finite, now["up"][:n], "star"),
             ],
             "readout": [
@@ -96,7 +99,7 @@ def samples_explorer(frames: Mapping[str, Sequence[Tilted]], *, up: str, low: st
     return Explorer(
         "samples",
         [
-            Slider("at", "from over-optimised to pre-trained", 0, len(lams) - 1, len(lams) - 1, step=1, format=".0f"),
+            Slider("at", "λ", 0, len(lams) - 1, opening, step=1, hint=hint, names=names),
             Choice("prompt", "prompt", {prompt: prompt for prompt in prompts}, prompts[0]),
         ],
         [

@@ -361,7 +361,7 @@ def race(context: Context) -> schedule_race.Race:
 
 def warm(context: Context, seed: int) -> dict[str, Any]:
     """The denoiser that all searches of a repetition start from."""
-    race(context).warm(seed + schedule_race.SEARCH_SEEDS)
+    race(context).warm(schedule_race.search_seed(seed))
     return {}
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import pixels
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 THICKNESS = ("thin", "medium", "bold")
 SLANT = ("leaning left", "standing upright", "leaning right")
@@ -53,7 +55,7 @@ def thickness(images: Tensor) -> Tensor:
     A stroke of length L and width w has the ink L w and the edge 2 L, and the edge of a grey image is its total
     variation. Differentiable; 0 for an empty image.
     """
-    ink = (images[:, 0] + 1) / 2
+    ink = (pixels.checked(images, 1)[:, 0] + 1) / 2
     p = functional.pad(ink, (1, 1, 1, 1))
     right, below = p[:, :, 1:] - p[:, :, :-1], p[:, 1:] - p[:, :-1]
     square = ((right[:, 1:] + right[:, :-1]) / 2).square() + ((below[:, :, 1:] + below[:, :, :-1]) / 2).square()
@@ -66,6 +68,7 @@ def slant(images: Tensor) -> Tensor:
     The slope of the regression of column on height, weighted by the ink: what deskewing undoes. Differentiable; 0 for
     an empty image.
     """
+    images = pixels.checked(images, 1)
     ink = (images[:, 0].double() + 1) / 2 + 1e-9
     ink = ink / ink.sum((1, 2), keepdim=True)
     height = -torch.arange(ink.shape[1], dtype=ink.dtype, device=ink.device)[:, None]
@@ -77,7 +80,7 @@ def slant(images: Tensor) -> Tensor:
 
 def attributes(images: Tensor, digits: Tensor) -> Tensor:
     """(n, 3) int64: digit, index into THICKNESS and index into SLANT of images (n, 1, 28, 28) of known digits (n,)."""
-    columns = [digits]
+    images, columns = pixels.checked(images, 1, side=28), [digits]
     for measure, terciles in ((thickness, THICKNESS_TERCILES), (slant, SLANT_TERCILES)):
         bounds = torch.tensor(terciles, dtype=images.dtype, device=images.device)[digits]
         columns.append((measure(images)[:, None] > bounds).sum(1))

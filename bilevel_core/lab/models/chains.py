@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...guidance import CostMeter, LookAhead
 from ...samplers import draw_x_T, sample_ddim, sample_particles, timesteps
+from ...seeds import derive_seed
 from ..files import kept
-from . import captions, networks, text_models
+from . import captions, networks, pixels, text_models
 from .fast import fast
+from .rewards import evaluate
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,17 @@ class Chain:
         """Samples number first, ..., first + n - 1 (n, *shape), not decoded, of one prompt or of several in turn.
 
         wrap  denoiser -> the denoiser to sample with, such as `guide` of it
-        Returns them with their cost in forwards. Noise depends on seed, `first` and `batch` alone, so that prompts
-        share it; a whole number of batches may be drawn in several calls.
+        Returns them with their cost in forwards. The noise of a batch depends on the seed, on the number of its first
+        sample and on how many it has; not on the prompts, so that they share it. So whole batches may be drawn in
+        several calls; but 20 samples are not the first 20 of 40 unless `batch` is 20 or divides it. Raises ValueError
+        unless n and batch are at least 1 and `first` is not negative.
         """
+        if n < 1 or batch < 1 or first < 0:
+            raise ValueError(f"n = {n} and batch = {batch} must be at least 1, first = {first} at least 0")
         rows = range(first, first + n)
         starts, images, cost = range(0, n, batch), [], 0
         for start in progress(starts) if progress else starts:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first + start)
+            generator = torch.Generator(device).manual_seed(derive_seed("sample", seed, first + start))
             part = rows[start : start + batch]
             meter = CostMeter(
                 self.denoise(prompts if isinstance(prompts, str) else [prompts[i % len(prompts)] for i in part])
@@ -145,8 +151,12 @@ def bank(
 
 @torch.no_grad()
 def rewarded(images: Tensor, rewards: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
-    """Every reward (n,) float32 of images (n, C, H, W) in [-1, 1], and the "images" as uint8, all on the CPU."""
-    found = {name: reward(images).float().cpu() for name, reward in rewards.items()}
+    """Every reward (n,) float32 of images (n, C, H, W) in [-1, 1], and the "images" as uint8, all on the CPU.
+
+    Raises as `rewards.evaluate` does, and ValueError for images outside [-1, 1].
+    """
+    images = pixels.checked(images, bounded=True)
+    found = {name: evaluate(reward, images).float().cpu() for name, reward in rewards.items()}
     return found | {"images": ((images + 1) * 127.5).round().to(torch.uint8).cpu()}
 
 
@@ -166,6 +176,7 @@ def particles(
     """n guided particles of p_0 tilted by steer/lam, as `bank` returns them, with "log_w" (n,), "log_z" () and "cost".
 
     steer   reward of decoded images;  temper: of the guide's potentials, see `guidance.LookAhead`
+    They depend on one another, and on n: fewer are not the first of more.
     """
     began = time.perf_counter()
     generator = torch.Generator(device).manual_seed(seed)
@@ -184,6 +195,3 @@ def slug(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", plain):
         return plain
     return re.sub(r"[^A-Za-z0-9-]+", "_", text)[:40] + "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-"""The 90 captions that mention digit, thickness and slant."""

@@ -1,4 +1,4 @@
-"""Training of the classifiers that measure samples: `python -m bilevel_core.lab.classifiers mnist28 mnist8`.
+"""Training of the classifiers that measure samples: `python -m bilevel_core.lab.models.classifiers mnist28 mnist8`.
 
 The appendix of the book explains the recipe and repeats its first steps. Needs MNIST; takes minutes on two cores.
 """

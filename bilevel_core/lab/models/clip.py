@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...algorithms import ScoreTraining, TrainStep
-from . import captions, networks
+from . import captions, networks, pixels
 
 CONFIG = {
     "embed_dim": 64,
@@ -43,13 +43,13 @@ def load() -> nn.Module:
 
 
 def grey(images: Tensor) -> Tensor:
-    """What the small CLIP looks at: the grey channel of images (B, 1, 28, 28) three times."""
-    return images.expand(-1, 3, -1, -1)
+    """What the small CLIP looks at: the grey channel of images (B, 1, 28, 28) in [-1, 1] three times."""
+    return pixels.checked(images, 1, side=28).expand(-1, 3, -1, -1)
 
 
 def encode_images(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor] = grey) -> Tensor:
-    """Unit vectors (B, D) of images in [-1, 1], which `prepare` makes ready for the model."""
-    return model.encode_image(prepare(images), normalize=True)
+    """Unit vectors (B, D) of images in [-1, 1], which `prepare` makes ready for the model, in the model's dtype."""
+    return model.encode_image(prepare(images).to(next(model.parameters()).dtype), normalize=True)
 
 
 def score(
@@ -63,7 +63,7 @@ def score(
 
     tokenise, prepare  prompts -> token ids, images -> what the model takes: those of the small CLIP, or another's
     Scaled as in torchmetrics' CLIPScore; differentiable in the images where it is positive. Raises ValueError for a
-    prompt that the small CLIP's words cannot say.
+    prompt that the small CLIP's words cannot say, and for images as `pixels.checked` does.
     """
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import captions
+from ...samplers import x0_source
+from . import captions, pixels
 
 # ---------------------------------------------------------------- denoisers
 
@@ -29,6 +30,20 @@ TEXT_SIZES: dict[str, dict[str, Any]] = {
     "tiny_text": {"channels": (16, 16), "fold": 4, "width": 16},
     "mnist28_text": {"channels": (32, 64), "fold": 2, "width": 64},
 }
+
+
+def _unet(side: int, channels: tuple[int, ...], fold: int) -> dict[str, Any]:
+    """What both U-Nets of diffusers are told, for grey images of `side` pixels folded by `fold`."""
+    return {
+        "sample_size": side // fold,
+        "in_channels": fold**2,
+        "out_channels": fold**2,
+        "block_out_channels": channels,
+        "down_block_types": ("DownBlock2D",) * len(channels),
+        "up_block_types": ("UpBlock2D",) * len(channels),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
 
 
 class Denoiser(nn.Module):
@@ -57,20 +72,9 @@ class Denoiser(nn.Module):
         shape = SIZES[size]
         self.size, self.prediction = size, prediction
         self.side, self.fold = shape["side"], shape["fold"]
-        levels, inputs = len(shape["channels"]), self.fold**2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.unet = UNet2DModel(
-                sample_size=self.side // self.fold,
-                in_channels=inputs,
-                out_channels=inputs,
-                block_out_channels=shape["channels"],
-                down_block_types=("DownBlock2D",) * levels,
-                up_block_types=("UpBlock2D",) * levels,
-                layers_per_block=1,
-                norm_num_groups=8,
-                add_attention=False,
-            )
+            self.unet = UNet2DModel(**_unet(**shape), add_attention=False)
         # Not a parameter: the schedule may itself be learned, and set anew (`denoiser.abar = ...`) at every step.
         self.abar = abar
 
@@ -102,20 +106,13 @@ class TextDenoiser(nn.Module):
             raise ValueError(f"size {size!r} is not one of {', '.join(TEXT_SIZES)}")
         shape = TEXT_SIZES[size]
         self.size, self.side, self.fold = size, 28, shape["fold"]
-        levels, inputs, width = len(shape["channels"]), self.fold**2, shape["width"]
+        width = shape["width"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.words = nn.Embedding(len(captions.WORDS), width)
             self.places = nn.Parameter(0.1 * torch.randn(captions.CONTEXT, width))
             self.unet = UNet2DConditionModel(
-                sample_size=self.side // self.fold,
-                in_channels=inputs,
-                out_channels=inputs,
-                block_out_channels=shape["channels"],
-                down_block_types=("DownBlock2D",) * levels,
-                up_block_types=("UpBlock2D",) * levels,
-                layers_per_block=1,
-                norm_num_groups=8,
+                **_unet(self.side, shape["channels"], self.fold),
                 cross_attention_dim=width,
                 attention_head_dim=8,
                 class_embed_type="simple_projection",
@@ -161,13 +158,20 @@ class Prompted(nn.Module):
         self.train(getattr(denoiser, "training", False))
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
+        return self._guided(self.denoiser, x, t)
+
+    def denoise_x0(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """x0_hat in the same combination, of a denoiser that offers it: see `samplers.x0_source`."""
+        return self._guided(x0_source(self.denoiser), x, t)
+
+    def _guided(self, network: Callable[..., Tensor], x: Tensor, t: int | Tensor) -> Tensor:
         text, empty = self.text.to(x.device), self.empty.to(x.device)
         if self.passes == 1:
-            return self.denoiser(x, t, text if self.scale else empty)
+            return network(x, t, text if self.scale else empty)
         text, empty = (each.expand(x.shape[0], *each.shape[1:]) for each in (text, empty))
         text = torch.cat([text, empty])
         both = t.reshape(-1).expand(x.shape[0]).repeat(2) if isinstance(t, Tensor) else t
-        with_text, without = self.denoiser(torch.cat([x, x]), both, text).chunk(2)
+        with_text, without = network(torch.cat([x, x]), both, text).chunk(2)
         return without + self.scale * (with_text - without)
 
 
@@ -199,6 +203,7 @@ class _Classifier(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, but this classifier takes (n, 1, {self.side}, {self.side})"
             )
+        images = pixels.checked(images, 1).to(self.scale)
         return (self.to_features(self.body(images).flatten(1)) - self.centre) / self.scale
 
     def head(self, features: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...guidance import eps_from_x0
-from ...schedules import per_sample
+from ...guidance import eps_from_v, eps_from_x0
+from ...samplers import x0_source
 from .. import files
 from . import networks, rewards
 from .adapters import from_diffusers
@@ -126,22 +126,28 @@ class LatentDenoiser(nn.Module):
         self.train(unet.training)
 
     def forward(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+        return self._by_rows(self._denoiser(), x, t, text)
+
+    def denoise_x0(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+        """x0_hat (B, C, h, w); ValueError where the U-Net predicts eps, see `samplers.x0_source`."""
+        return self._by_rows(x0_source(self._denoiser()), x, t, text)
+
+    def _denoiser(self) -> Callable[..., Tensor]:
+        """eps_hat of some rows, made from what the U-Net predicts."""
+        wrap = {"v_prediction": eps_from_v, "sample": eps_from_x0}.get(self.prediction)
+        return wrap(self._output, self.abar) if wrap else self._output
+
+    def _by_rows(self, network: Callable[..., Tensor], x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
         rows, text = self.rows or len(x), text.expand(len(x), *text.shape[1:])
         times = t.reshape(-1).expand(len(x)).split(rows) if isinstance(t, Tensor) else [t] * -(-len(x) // rows)
         parts = zip(x.split(rows), times, text.split(rows), strict=True)
-        return torch.cat([self._eps(*part) for part in parts])
+        return torch.cat([network(*part) for part in parts])
 
-    def _eps(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: int | Tensor, text: Tensor) -> Tensor:
         def network(z: Tensor) -> Tensor:
             return self.unet(z, t - 1, encoder_hidden_states=text.to(z)).sample
 
-        output = in_dtype(network, x, self.unet.dtype)
-        if self.prediction == "epsilon":
-            return output
-        if self.prediction == "sample":
-            return eps_from_x0(lambda *_: output, self.abar.to(x.device))(x, t)
-        a = per_sample(self.abar.to(x.device)[t], x)
-        return a.sqrt().to(x) * output + (1 - a).sqrt().to(x) * x
+        return in_dtype(network, x, self.unet.dtype)
 
 
 @dataclass(frozen=True)
@@ -212,10 +218,11 @@ def load(
             f"the model is a {type(pipe).__name__}; this chain knows StableDiffusionPipeline (1.x and 2.x)"
         )
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
-    abar = from_diffusers(pipe.scheduler)
-    if not abar[-1] > 0:
+    abar = from_diffusers(pipe.scheduler, prediction)
+    if prediction == "epsilon" and not abar[-1] > 0:
         raise ValueError(
-            "the scheduler ends at abar = 0, where no eps can be turned into x_0: set rescale_betas to False"
+            "the scheduler ends at abar = 0, where no eps can be turned into x_0: set its rescale_betas_zero_snr "
+            "to False"
         )
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     side = side or pipe.unet.config.sample_size * factor

@@ -1,5 +1,8 @@
 """Rewards of images (B, C, H, W) in [-1, 1], C = 1 or 3: callables to (B,), differentiable in the images.
 
+`check` is the first thing to call with one of your own. The values come in float32, or in float64 where images and
+network are; images of another dtype, shape or range are refused as `pixels.checked` does.
+
 For digits `ink`, `boldness` and `RandomResNet`; for photographs the scores of `open_clip_model` and `hps_model`,
 `aesthetic`, and the released ResNet, `RandomResNet(backbone="imagenet")`. Those look at images as the models' own
 preprocessing would, see `Preprocess`.
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import captions, clip
+from . import captions, clip, pixels
 
 Reward = Callable[[Tensor], Tensor]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -29,12 +32,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 def ink(images: Tensor) -> Tensor:
     """Mean ink, (B,), from 0 for an empty image to 1 for a full one."""
-    return (_checked(images) + 1).mean((1, 2, 3)) / 2
+    return (pixels.checked(images, 1) + 1).mean((1, 2, 3)) / 2
 
 
 def boldness(images: Tensor) -> Tensor:
     """Stroke width in pixels, (B,): `captions.thickness`."""
-    return captions.thickness(_checked(images))
+    return captions.thickness(images)
 
 
 class RandomResNet(nn.Module):
@@ -53,7 +56,7 @@ class RandomResNet(nn.Module):
 
     def __init__(self, seed: int = 0, size: int | None = None, backbone: str | Path | None = None) -> None:
         super().__init__()
-        self.size = size or (64 if backbone is None else 224)
+        self.size = (64 if backbone is None else 224) if size is None else size
         if self.size < 28:
             raise ValueError(f"size = {size} is smaller than the images: take at least 28")
         from torchvision.models import resnet18
@@ -73,9 +76,11 @@ class RandomResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B,) of images (B, C, H, W)."""
         if self.prepare is not None:
-            return self.network(self.prepare(images))[:, 0]
-        x = functional.interpolate(_checked(images, 1, 3), (self.size, self.size), mode="bilinear", align_corners=False)
-        return self.network(x.expand(-1, 3, -1, -1))[:, 0]
+            x = self.prepare(images)
+        else:
+            x, to = pixels.checked(images, 1, 3), (self.size, self.size)
+            x = functional.interpolate(x, to, mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
+        return self.network(x.to(self.network.conv1.weight))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -90,58 +95,89 @@ class Standardised:
         return (self.reward(images) - self.mean) / self.sd
 
 
+def evaluate(reward: Reward, images: Tensor) -> Tensor:
+    """The values (B,) of a reward of B images; raises unless it gives one floating number for each.
+
+    TypeError for something else than a tensor, ValueError for another shape or dtype; both say what to return.
+    """
+    values, n = reward(images), len(images)
+    wanted = f"it must be one value each, floating, of shape ({n},); `rewards.check` says more"
+    if not isinstance(values, Tensor):
+        shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
+        raise TypeError(f"the reward of {n} images is a {type(values).__name__}{shape}, no tensor of torch: {wanted}")
+    if values.shape != (n,):
+        raise ValueError(f"the reward has shape {tuple(values.shape)} for {n} images; {wanted}")
+    if not values.is_floating_point():
+        raise ValueError(f"the reward of {n} images is {values.dtype}: {wanted}; .float() where it only scores")
+    return values
+
+
 @torch.no_grad()
 def standardised(reward: Reward, samples: Tensor, *, batch: int = 500) -> Standardised:
     """`reward` in units of its standard deviation under p_0, so that one lambda means the same for every reward.
 
     samples  (n, 1, 28, 28) of p_0, n >= 100
-    Raises ValueError for too few samples, and for a reward that is constant or not finite on them.
+    Raises as `evaluate`, and ValueError for too few samples or a reward that is constant or not finite on them.
     """
     if len(samples) < 100:
         raise ValueError(f"n = {len(samples)} samples are too few for a standard deviation: take at least 100")
-    return Standardised(reward, *scale(torch.cat([reward(part) for part in samples.split(batch)])))
+    return Standardised(reward, *scale(torch.cat([evaluate(reward, part) for part in samples.split(batch)])))
 
 
 def scale(values: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of a reward's values (n,); raises ValueError where it is constant or not finite."""
-    values = values.double()
+    """Mean and standard deviation of a reward's values (n,), n >= 2.
+
+    Raises ValueError for another shape, and where they are constant or not finite.
+    """
+    values = torch.as_tensor(values).double()
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"the rewards have shape {tuple(values.shape)}; they must be (n,), one for each of n samples")
     if not values.isfinite().all():
         raise ValueError(f"the reward is not finite for {(~values.isfinite()).sum()} of {len(values)} samples")
     mean, sd = values.mean().item(), values.std().item()
     if sd <= 1e-6 * max(abs(mean), 1e-6):
-        raise ValueError(f"the reward is {mean:g} for every sample, so it has no scale; check it")
+        raise ValueError(f"the reward is {mean:g} for every sample, so it has no scale; ask `rewards.check`")
     return mean, sd
 
 
 def check(reward: Reward, images: Tensor) -> None:
-    """Raises ValueError, saying what is wrong, unless a reward of images (B, C, H, W), B >= 2, can steer.
+    """Raises, saying what is wrong, unless a reward can steer: the first thing to call with one of your own.
 
-    It must give one finite value for each image, from that image alone, with a gradient in its pixels.
+    It must give one finite float for each of the images (B, C, H, W) in [-1, 1], B >= 2, the same each time, from that
+    image alone, with a finite gradient in its pixels. Looked for in turn: images of another convention
+    (`pixels.checked`); another type or shape (`evaluate`); values that are not finite, that change from call to call
+    (dropout), that depend on the rest of the batch (batch statistics, a mean over the batch); gradients that are NaN
+    (a root or a norm at 0), or zero for every image (rounding, a threshold, a clamp that is never left).
     """
+    images = pixels.checked(images.detach() if isinstance(images, Tensor) else images, bounded=True)
+    if (n := len(images)) < 2:
+        raise ValueError(f"{n} images are too few to see whether one depends on another: take at least 2")
     with torch.enable_grad():
-        x = images.detach().requires_grad_()
-        values = reward(x)
-        if values.shape != (len(x),):
-            raise ValueError(
-                f"the reward has shape {tuple(values.shape)} for {len(x)} images; it must be one value each"
-            )
-        if not values.isfinite().all():
-            raise ValueError(f"the reward is not finite for {(~values.isfinite()).sum()} of {len(x)} images")
-        grad = torch.autograd.grad(values[0], x, allow_unused=True)[0] if values.requires_grad else None
-    if grad is None or not grad[0].isfinite().all() or not grad[0].any():
-        raise ValueError("the reward has no gradient in the pixels here, so it cannot guide: draw particles unguided")
-    if grad[1:].any():
+        x = images.clone().requires_grad_()
+        values = evaluate(reward, x)
+        grad = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    with torch.no_grad():
+        again, alone = evaluate(reward, images), evaluate(reward, images[:1].expand_as(images))
+    values = values.detach()
+    if not values.isfinite().all():
+        raise ValueError(f"the reward is not finite for {(~values.isfinite()).sum()} of {n} images")
+    for other, reason in (
+        (again[:1], "is another at a second call: put its network in eval mode, or draw its noise once"),
+        (alone[:1], "of an image depends on the other images of its batch: put its network in eval mode"),
+    ):
+        if not torch.allclose(other, values[:1], rtol=1e-5, atol=1e-3 * values.std().item()):
+            raise ValueError(f"the reward {reason} ({values[0]:.4g}, then {other.item():.4g})")
+    rows = torch.zeros(n, 1) if grad is None else grad.flatten(1)
+    if bad := (~rows.isfinite()).any(1).sum().item():
         raise ValueError(
-            "the reward of an image depends on the other images of its batch: put its network in eval mode"
+            f"the gradient of the reward is not finite for {bad} of {n} images: a root, a norm or a logarithm at 0?"
         )
-
-
-def _checked(images: Tensor, *channels: int) -> Tensor:
-    channels = channels or (1,)
-    if images.ndim != 4 or images.shape[1] not in channels:
-        wanted = " or ".join(map(str, channels))
-        raise ValueError(f"images have shape {tuple(images.shape)}, not (B, {wanted}, H, W)")
-    return images
+    if not rows.any():
+        flat = f"; it is {values[0]:.4g} for each of them" if values.std() == 0 else ""
+        raise ValueError(
+            f"the reward has no gradient in the pixels of these {n} images{flat}: it cannot guide, it can only weight "
+            "samples, or particles drawn with guided=False"
+        )
 
 
 # ---------------------------------------------------------------- photographs
@@ -155,7 +191,7 @@ class Preprocess:
     mean, std    by channel, of pixels in [0, 1]
     interpolation, mode  "bicubic" or "bilinear", with antialiasing as in PIL; "shortest" (resize the shorter side, cut
                  the middle) or "squash". PIL rounds to 8 bits, this does not: they differ by that rounding
-    Raises ValueError for images outside [-1, 1] or not floating.
+    Raises ValueError for images outside [-1, 1], as `pixels.checked` does.
     """
 
     size: int
@@ -165,7 +201,7 @@ class Preprocess:
     mode: str = "shortest"
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.resized(pixels(images))
+        return self.resized(pixels.unit(images))
 
     def resized(self, x: Tensor) -> Tensor:
         """Of x (B, 3, H, W) in [0, 1]."""
@@ -182,29 +218,12 @@ class Preprocess:
         return (x - mean) / std
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) in [-1, 1] as (B, 3, H, W) in [0, 1]; refuses what lies outside, warns of [0, 1]."""
-    _checked(images, 1, 3)
-    if not images.is_floating_point():
-        raise ValueError(
-            f"images are {images.dtype}: make them float in [-1, 1], by images / 127.5 - 1 if they are bytes"
-        )
-    low, high = images.min().item(), images.max().item()
-    if not (low >= -1.001 and high <= 1.001):
-        raise ValueError(
-            f"images lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: clamp them, or rescale if they are bytes"
-        )
-    if low >= 0 and high > 0:
-        warnings.warn("no pixel is below 0: if these images are in [0, 1], pass 2 * images - 1", stacklevel=3)
-    return ((images + 1) / 2).expand(-1, 3, -1, -1)
-
-
 @dataclass(frozen=True)
 class OpenClip:
     """An open_clip model with its tokenizer and its preprocessing; see `open_clip_model`."""
 
     model: nn.Module
-    tokenise: Callable[[list[str]], Tensor]
+    tokenise: Callable[..., Tensor]
     prepare: Preprocess
 
     def embed(self, images: Tensor) -> Tensor:
@@ -212,7 +231,16 @@ class OpenClip:
         return clip.encode_images(self.model, images, self.prepare)
 
     def score(self, prompt: str) -> Reward:
-        """`clip.score` of a prompt: max(100 cos, 0)."""
+        """`clip.score` of a prompt: max(100 cos, 0). Warns of a prompt that is longer than what the model reads."""
+        limit = self.tokenise([prompt]).shape[1]
+        whole = self.tokenise([prompt], context_length=limit + len(prompt.encode()) + 2)[0]  # ends in padding
+        length = int((whole != whole[-1]).nonzero().max()) + 1
+        if length > limit:
+            warnings.warn(
+                f"the prompt has {length} tokens, its start and end counted, and this CLIP reads {limit}: the last "
+                f"{length - limit} before the end are cut off, so shorten it",
+                stacklevel=2,
+            )
         return clip.score(self.model, prompt, tokenise=self.tokenise, prepare=self.prepare)
 
 

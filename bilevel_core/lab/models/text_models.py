@@ -1,4 +1,4 @@
-"""Training of the shipped text models: `python -m bilevel_core.lab.text_models clip denoiser`.
+"""Training of the shipped text models: `python -m bilevel_core.lab.models.text_models clip denoiser`.
 
 The appendix of the book explains the recipes and repeats their first steps. Needs MNIST; the CLIP takes some ten
 minutes on two cores, the denoiser an hour or two. Stopped at any moment, each goes on from its checkpoint.

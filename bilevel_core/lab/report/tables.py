@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from .. import parameters, results
+from ..writing import markup, written
 
 
 class ProseTable:
@@ -33,16 +34,19 @@ class ProseTable:
     def _repr_html_(self) -> str:
         style = "padding: 0.3em 0.5em; text-align: left; vertical-align: top"
 
-        def cell(row: Mapping[str, str], key: str) -> str:
-            first, line_break, rest = (html.escape(part) for part in row[key].partition("\n"))
-            text = f"<strong>{first}</strong><br>{rest}" if line_break else first
-            if key in self.links:
-                text = f'<a href="{html.escape(href(row[self.links[key]]))}">{text}</a>'
-            return f'<td style="{style}">{text}</td>'
+        def text(plain: str) -> str:
+            return markup(written(plain), True)
 
-        head = "".join(f'<th scope="col" style="{style}">{html.escape(text)}</th>' for text in self.columns.values())
+        def cell(row: Mapping[str, str], key: str) -> str:
+            first, line_break, rest = (text(part) for part in row[key].partition("\n"))
+            shown = f"<strong>{first}</strong><br>{rest}" if line_break else first
+            if key in self.links:
+                shown = f'<a href="{html.escape(href(row[self.links[key]]))}">{shown}</a>'
+            return f'<td style="{style}">{shown}</td>'
+
+        head = "".join(f'<th scope="col" style="{style}">{text(name)}</th>' for name in self.columns.values())
         body = "".join(f"<tr>{''.join(cell(row, key) for key in self.columns)}</tr>" for row in self.rows)
-        caption = f'<caption style="caption-side: bottom"><b>{self.tier}</b>: {html.escape(self.note)}</caption>'
+        caption = f'<caption style="caption-side: bottom"><b>{self.tier}</b>: {text(self.note)}</caption>'
         table = '<table class="dataframe" style="font-size: 0.85em; min-width: 46em">'
         return f"{table}{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

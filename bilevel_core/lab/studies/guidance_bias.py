@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import estimators, guidance, samplers, schedules
 from ...algorithms import TiltSamples
+from ...seeds import derive_seed
 from ..files import piece
 from ..models import clip, rewards
 from ..models.chains import Chain
@@ -64,13 +65,13 @@ def guidance_bias(
             rows["guided"].append(means[1])
             rows["path"].append(estimators.lam_grad_path(*kls, gamma)[0].item())
             look = guidance.LookAhead(plain, lambda x: x, lam, abar, ts)
-            x_T, generator = start(seed + 1000)
+            x_T, generator = start(derive_seed("particles", seed))
             x, log_w, info = samplers.sample_particles(look, x_T, abar, ts, eta=1.0, generator=generator)
             sets.append(TiltSamples.from_tilt(one.r_up(x), x, lam, log_w, info["log_z"]))
             p = log_w.exp()
             rows["particles"].append((p @ one.r_up(x)).item())
             rows["cov"].append(estimators.lam_grad_cov(sets[-1].r_up, x, lam, sets[-1].log_w)[0].item())
-        x = chain(plain, seed + 2000, n * len(lams))
+        x = chain(plain, derive_seed("reweighted", seed), n * len(lams))
         pooled = TiltSamples.pooled(TiltSamples(one.r_up(x[:n]), x[:n]), *sets)
         grid = torch.logspace(math.log10(lams[0]), math.log10(lams[-1]), 161, dtype=torch.float64)
         with warnings.catch_warnings():
@@ -116,6 +117,7 @@ def guided_on_images(
     n: int,
     seeds: int,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
     low: str = "boldness",
 ) -> list[dict]:
@@ -124,12 +126,12 @@ def guided_on_images(
     mean, sd = scale
     reward = lambda_race.lower_rewards(device)[low]
     steer, rows = rewards.Standardised(reward, mean, sd), []
-    for lam, seed in itertools.product(lams, range(seeds)):
+    for lam, seed in itertools.product(lams, range(first, first + seeds)):
 
         def compute(lam: float = lam, seed: int = seed) -> dict:
             judge = clip.score(clip.load().to(device), prompt)
             options = {"wrap": lambda denoiser: chain.guide(denoiser, steer, lam), "batch": n, "device": device}
-            x, cost = chain.sample(lambda_race.heard(prompt), n, 7000 + seed, **options)
+            x, cost = chain.sample(lambda_race.heard(prompt), n, derive_seed("guided", seed), **options)
             images = chain.decode(x)
             with torch.no_grad():
                 up, low_mean = judge(images).mean().item(), ((reward(images) - mean) / sd).mean().item()

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ... import estimators
 from ...algorithms import TiltSamples, learn_lam
+from ...seeds import derive_seed
 from .. import files, metrics
 from ..files import kept, piece
 from ..models import chains, rewards
@@ -79,19 +80,27 @@ def load_rewards(
 def downloads(model: str, dtype: str, upper: str, lower: str, clip: tuple[str, str]) -> list[dict[str, Any]]:
     """What would be fetched before a study can start: "what" and "gib", counted from the shapes of the networks.
 
-    Nothing for folders and what the hub's cache holds; a model id is taken to have the size of Stable Diffusion 1.5.
+    Nothing for folders and what the hub's cache holds; a model id is taken to have the size of Stable Diffusion 1.5,
+    and NaN is a size that is not known before. Raises ValueError for a CLIP that open_clip does not know.
     """
     from huggingface_hub import try_to_load_from_cache
 
     def clip_gib(name: str) -> float:
         import open_clip
 
+        if name.startswith("hf-hub:"):
+            return math.nan
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"open_clip knows no model {name!r}: see open_clip.list_models()")
+        if "custom_text" in config:  # another class than CLIP
+            return math.nan
         with torch.device("meta"):
-            network = open_clip.model.CLIP(**open_clip.get_model_config(name))
+            network = open_clip.model.CLIP(**config)
         return sum(weight.numel() for weight in network.parameters()) * 4 / memory.GIB
 
     rows = []
-    if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "model_index.json"), str):
+    if not Path(model).expanduser().is_dir() and not isinstance(try_to_load_from_cache(model, "model_index.json"), str):
         size = memory.counted("sd15", side=64, dtype=dtype, reward=None)["weights"]
         rows.append({"what": model, "gib": size})
     if not clip[0].startswith("local-dir:") and not Path(clip[1]).suffix:
@@ -210,7 +219,14 @@ class Study:
         config = self._config(prompt) | {"lam": lam, "weight": weight, "seed": seed, "low": found["low"]}
         for first in tqdm(range(0, n, self.batch), f"{prompt}, {lam:g}", disable=not self.bar):
             name = {"up": up, "low": low}
-            args = (self.heard(prompt), self._steer(prompt, weight), lam, self.batch, seed * 1_000_003 + first, name)
+            args = (
+                self.heard(prompt),
+                self._steer(prompt, weight),
+                lam,
+                self.batch,
+                derive_seed("particles", seed, first),
+                name,
+            )
             with memory.remedies():
                 parts.append(
                     kept(
@@ -252,10 +268,16 @@ class Study:
 
         weights = (0.0, 0.3, 1.0, 3.0)
         searches = {
-            "grid": lambda: baselines.grid(evaluate, size(len(baselines.GRID)), self._seed(1)),
-            "random": lambda: baselines.random_search(evaluate, size(self.trials), self._seed(2), self.trials, BOUNDS),
-            "Bayesian": lambda: baselines.bayesian(evaluate, size(self.trials), self._seed(3), self.trials, BOUNDS),
-            "weighted sum": lambda: baselines.weighted_sum(evaluate, size(len(weights)), self._seed(4), 1.0, weights),
+            "grid": lambda: baselines.grid(evaluate, size(len(baselines.GRID)), self._seed("grid")),
+            "random": lambda: baselines.random_search(
+                evaluate, size(self.trials), self._seed("random"), self.trials, BOUNDS
+            ),
+            "Bayesian": lambda: baselines.bayesian(
+                evaluate, size(self.trials), self._seed("Bayesian"), self.trials, BOUNDS
+            ),
+            "weighted sum": lambda: baselines.weighted_sum(
+                evaluate, size(len(weights)), self._seed("weighted sum"), 1.0, weights
+            ),
         }
         config = self._config(prompt) | {"n": self.n, "trials": self.trials, "seed": self.seed, "how": self.how}
         for name in (name for name in self.methods if name in searches):
@@ -286,7 +308,7 @@ class Study:
         rows = []
         for method, choice in self.rivals(prompt).items():
             lam = math.inf if choice["lam"] is None else choice["lam"]
-            got = self.at(prompt, lam, self.shown, self._seed(9), choice["weight"])
+            got = self.at(prompt, lam, self.shown, self._seed("shown"), choice["weight"])
             row = {"prompt": prompt, "method": method, "lam": choice["lam"], "weight": choice["weight"]}
             row |= {"cost": choice["cost"], "seconds": float(got["seconds"]), "n": self.shown}
             for name in ("up", "low"):
@@ -297,7 +319,7 @@ class Study:
     def pictures(self, prompt: str, lams: Sequence[float], k: int) -> Tensor:
         """k images at each lambda, (len(lams) k, C, H, W) in [-1, 1], a column the same noise."""
         count = -(-k // self.batch) * self.batch
-        found = [self.at(prompt, lam, count, self._seed(9))["images"][:k] for lam in lams]
+        found = [self.at(prompt, lam, count, self._seed("shown"))["images"][:k] for lam in lams]
         return torch.cat(found).float() / 127.5 - 1
 
     # ------------------------------------------------------------ before and between
@@ -371,8 +393,8 @@ class Study:
     def _place(self, prompt: str) -> Path:
         return self.folder / chains.slug(prompt)
 
-    def _seed(self, which: int) -> int:
-        return self.seed + 1000 * which
+    def _seed(self, which: str) -> int:
+        return derive_seed(which, self.seed)
 
     def _config(self, prompt: str) -> dict[str, Any]:
         chain = {"steps": self.chain.steps, "scale": self.chain.scale, "eta": self.chain.eta}

@@ -34,6 +34,7 @@ from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
+from ...seeds import derive_seed
 from .. import files, metrics
 from ..models.fast import fast
 from .setting import IMAGES, Setting, train_denoiser
@@ -179,7 +180,7 @@ def partials(study: Study, denoiser: nn.Module) -> dict[str, tuple[Callable, int
             f = study.objective(meter, n, grad_steps)
             if estimate is estimators.q_grad_one_point:
                 with torch.no_grad():  # what a loop has from its last step, for nothing: f nearby with another x_T
-                    options["previous"] = study.objective(denoiser, n)(z, seed + 50_000_000).item()
+                    options["previous"] = study.objective(denoiser, n)(z, derive_seed("previous", seed)).item()
             return estimate(f, z, seed=seed, **options)[0], meter.cost
 
         return run
@@ -206,7 +207,7 @@ def partial_draws(study: Study, point: str, seed: int) -> dict:
         denoiser, _ = study.train(coordinates(point), seed)
         rows = {}
         for name, (estimate, count) in partials(study, denoiser).items():
-            pairs = [estimate(coordinates(point), 1000 * seed + 10 * i) for i in range(count)]
+            pairs = [estimate(coordinates(point), derive_seed("partial", seed, i)) for i in range(count)]
             rows[name] = {"draws": [g.tolist() for g, _ in pairs], "cost": pairs[0][1]}
         return {"rows": rows, "cost": sum(row["cost"] * len(row["draws"]) for row in rows.values())}
 
@@ -219,7 +220,7 @@ def warm_draws(study: Study, point: str, seed: int, steps: int) -> dict:
 
     def compute() -> dict:
         denoiser, _ = study.train(coordinates(point), seed)
-        pairs = [warm(study, point, denoiser, steps, 1000 * seed + i) for i in range(2)]
+        pairs = [warm(study, point, denoiser, steps, derive_seed("warm", seed, i)) for i in range(2)]
         return {"draws": [g.tolist() for g, _ in pairs], "cost": pairs[0][1]}
 
     config = study.about("n", "lr", point=point, seed=seed, steps=steps)
@@ -265,27 +266,31 @@ def penalty(study: Study, point: str, seed: int, gamma: float, **options: object
 # ---------------------------------------------------------------- the whole
 
 
-def pieces(study: Study, seeds: int, warm_steps: Sequence[int]) -> list[Callable[[], dict]]:
+def pieces(study: Study, seeds: int, warm_steps: Sequence[int], first: int = 0) -> list[Callable[[], dict]]:
     """Every piece of the study as a function without arguments, in the order in which they are best made."""
-    runs = list(itertools.product(range(seeds), POINTS))
-    ablations = itertools.product(range(seeds), ABLATIONS)
+    chosen = range(first, first + seeds)
+    runs = list(itertools.product(chosen, POINTS))
+    ablations = itertools.product(chosen, ABLATIONS)
     return [
         *(partial(truth, study, point, seed) for seed, point in runs),
         *(partial(partial_draws, study, point, seed) for seed, point in runs),
         *(partial(penalty, study, point, seed, gamma) for seed, point in runs for gamma in GAMMAS[point]),
         *(partial(warm_draws, study, point, seed, steps) for seed, point in runs for steps in warm_steps),
         *(partial(penalty, study, "far", seed, ABLATION, **options) for seed, options in ablations),
-        *(partial(truth, study, "far", seed, 0.5) for seed in range(min(seeds, 2))),
+        *(partial(truth, study, "far", seed, 0.5) for seed in chosen[:2]),
     ]
 
 
-def gather(study: Study, seeds: int, warm_steps: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[dict]:
+def gather(
+    study: Study, seeds: int, warm_steps: Sequence[int], share: tuple[int, int] = (0, 1), first: int = 0
+) -> list[dict]:
     """Makes all pieces, or reads them; a killed run goes on where it stopped.
 
+    seeds  how many, from `first` on
     share  (i, n): only every n-th piece from the i-th on, so that n processes can work on one folder
     Returns the pieces, each with the name of its function as "kind".
     """
-    chosen = pieces(study, seeds, warm_steps)[share[0] :: share[1]]
+    chosen = pieces(study, seeds, warm_steps, first)[share[0] :: share[1]]
     return [{"kind": make.func.__name__} | make() for make in chosen]
 
 

@@ -40,6 +40,7 @@ from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
+from ...seeds import derive_seed
 from .. import files
 from ..files import piece
 from ..models import networks
@@ -53,7 +54,11 @@ FIXED = {
     "linear": ("linear", schedules.DEFAULT_Q["linear"]),
     "cosine, end 0.95": ("cosine", (0.0, 0.95, 1.0, 0.008)),  # the one change that chapter 1 shows to matter
 }
-SEARCH_SEEDS, TUNING_SEEDS = 1000, 9000  # added to the number of the repetition; training seeds are 0, 1, ...
+
+
+def search_seed(seed: int) -> int:
+    """Of the search of a repetition; its trainings have the number of the repetition itself."""
+    return derive_seed("schedule search", seed)
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,7 @@ class Race(Setting):
 
     def search(self, method: str, seed: int) -> dict:
         """What a search found: "kind", "q", "cost", and "path", for each trial the cost so far, its q and value."""
-        seed += SEARCH_SEEDS
+        seed = search_seed(seed)
 
         def compute() -> dict:
             warm, path, propose = self.warm(seed), [], SEARCHES[method](self.plan.trials, seed)
@@ -313,7 +318,7 @@ class Race(Setting):
 
         The weights of theta_star stay in `folder`, as learned_*.safetensors.
         """
-        seed += SEARCH_SEEDS
+        seed = search_seed(seed)
         name = _slug(variant, seed)
 
         def compute() -> dict:
@@ -334,7 +339,7 @@ class Race(Setting):
 
     def descend(self, method: str, seed: int) -> dict:
         """Descent of f alone, with one network and no bilevel term, within the same budget: as `search`."""
-        seed += SEARCH_SEEDS
+        seed = search_seed(seed)
         way, plan = DESCENTS[method], self.plan
 
         def compute() -> dict:
@@ -356,7 +361,7 @@ class Race(Setting):
                 for _ in train_score(state, self.x0, abar, steps=state.step + way.inner):
                     pass
                 z = schedules.reduce(q) if way.reduced else q
-                grad, info = way.estimator(f, z, seed=seed * 1_000_003 + len(path))
+                grad, info = way.estimator(f, z, seed=derive_seed("descent", seed, len(path)))
                 z = z - way.rule(len(path), grad)
                 q = schedules.project(schedules.expand(z) if way.reduced else z, plan.T)
                 largest, spent = max(largest, state.cost + meter.cost - spent), state.cost + meter.cost
@@ -384,7 +389,7 @@ class Race(Setting):
         """
         chosen, start = self.choose(method, seed), None
         if own:
-            start, _ = files.load_state(self.folder / f"{_slug('learned', method, seed + SEARCH_SEEDS)}.safetensors")
+            start, _ = files.load_state(self.folder / f"{_slug('learned', method, search_seed(seed))}.safetensors")
         steps = self.plan.longer if total and method in FIXED else self.plan.final_steps
         name, abar = _slug(method, seed, "own" * own, "total" * total), self.abar(chosen["kind"], chosen["q"])
         options = {"steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "start": start}

@@ -39,10 +39,11 @@ from tqdm.auto import tqdm
 from ... import distances, schedules
 from ...algorithms import ScoreTraining
 from ...samplers import timesteps
+from ...seeds import derive_seed
 from .. import places, results
 from ..files import piece
 from . import schedule_race
-from .schedule_race import FIXED, SEARCH_SEEDS, Race
+from .schedule_race import FIXED, Race, search_seed
 from .setting import IMAGES, same_protocol, train_denoiser, training_end
 
 EARLY = "cosine, end 0.95"  # the competitor that costs nothing
@@ -172,7 +173,7 @@ def learn_times(
     u.requires_grad_()
     adam, path, kept = torch.optim.Adam([u], lr=rate, betas=(0.5, 0.9)), [], []
     for k in range(rounds):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
+        generator = torch.Generator().manual_seed(derive_seed("times", seed, k))
         x = torch.randn((samples, *shape), generator=generator)
         value = quality(sample_at(denoiser, x, abar, u * T))
         (u.grad,) = torch.autograd.grad(value, u)
@@ -400,7 +401,7 @@ class Study:
                 self.plan.few,
                 race.quality,
                 race.x0.shape[1:],
-                seed=seed + SEARCH_SEEDS,
+                seed=search_seed(seed),
                 **TIMES,
             )
 

@@ -14,6 +14,7 @@ from ... import distances
 from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter
 from ...samplers import draw_x_T, sample_ddim, timesteps
+from ...seeds import derive_seed
 from .. import data, metrics
 from ..models import graphs, networks
 from ..models.fast import fast
@@ -42,7 +43,7 @@ def generate(
     """n images (n, 1, side, side) by DDIM, in batches of 500; the same seed gives the same x_T at every grid."""
     images = []
     for start in range(0, n, 500):
-        g = torch.Generator(device).manual_seed(seed * 1_000_003 + start)
+        g = torch.Generator(device).manual_seed(derive_seed("generate", seed, start))
         x = draw_x_T((min(500, n - start), 1, side, side), abar, generator=g, device=device)
         images.append(sample_ddim(denoiser, x, abar, ts, eta=eta, generator=g).clamp(-1, 1))
     return torch.cat(images)

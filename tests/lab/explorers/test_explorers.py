@@ -17,9 +17,11 @@ from bilevel_core.lab import explorers
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider, engine
 from bilevel_core.lab.explorers import gamma as gamma_side
 from bilevel_core.lab.explorers import lam as lam_side
+from bilevel_core.lab.explorers import penalty as penalty_side
 from bilevel_core.lab.explorers import schedule as schedule_side
 from bilevel_core.lab.explorers import tilt as tilt_side
-from bilevel_core.lab.explorers.controls import ROLES, format_number
+from bilevel_core.lab.explorers.controls import ROLES
+from bilevel_core.lab.writing import format_number
 
 DIGIT = (torch.arange(64, dtype=torch.float64).reshape(8, 8) * 0.37).sin()
 
@@ -244,6 +246,23 @@ def test_penalty_explorer_tells_a_wrong_sign(penalty):
     assert not penalty.evaluate(gamma=1e4, lam=1.0)["warn"]
 
 
+def test_penalty_explorer_tells_the_size_too(penalty):
+    tiny = penalty.evaluate(gamma=0.2, lam=0.16)
+    shown = readout(tiny)
+    assert shown["dL_{γ}/dλ (A)"] == pytest.approx(-2.93, abs=5e-3)
+    assert shown["hypergradient (C)"] == pytest.approx(-169.7, abs=0.05)
+    assert tiny["warn"] and "right sign here, but 0.017 times the size" in tiny["message"]
+    for gamma, lam, ratio in ((1, 0.5, "0.21"), (1, 0.16, "0.089")):
+        assert f"but {ratio} times the size" in penalty.evaluate(gamma=gamma, lam=lam)["message"]
+    assert penalty.evaluate(gamma=10, lam=2.0)["message"] == penalty_side._CLOSE  # 0.34521 against 0.34406
+    for gamma in (0.1, 1.0, 10.0, 1000.0):  # never a tick where either is more than twice the other
+        for lam in (0.05, 0.2, 1.0, 1.2, 1.3, 5.0, 50.0):
+            result = penalty.evaluate(gamma=gamma, lam=lam)
+            ratio = readout(result)["dL_{γ}/dλ (A)"] / readout(result)["hypergradient (C)"]
+            assert result["warn"] == (not 0.5 <= ratio <= 2), (gamma, lam, ratio)
+            assert ("wrong sign" in result["message"]) == (ratio < 0)
+
+
 def test_lam_explorer_shows_the_estimators_and_the_oracle(lam):
     problem = oracles.Mixture1D().problem()
     for n, strength, gamma in (("2000", 0.71, 10.0), ("2000", 4.0, 1000.0), ("200", 1.0, 1.0)):
@@ -312,6 +331,33 @@ def test_samples_explorer_shows_what_it_was_given(samples):
         explorers.samples_explorer(
             {"a": frames(0), "b": frames(0, (0.1, 1.0))}, up="CLIP", low="boldness", note="made up"
         )
+
+
+def test_samples_explorer_opens_where_the_first_prompt_is_best(samples):
+    slider = samples.controls[0]
+    assert (slider.label, slider.names) == ("λ", ["0.1", "1", "10", "∞ (pre-trained)"])
+    prompts = {"a five": frames(1), "a bold two": frames(0)}
+    other = explorers.samples_explorer(prompts, up="CLIP", low="boldness", note="made up")
+    assert (samples.defaults()["at"], other.defaults()["at"]) == (3, 0)
+    with pytest.raises(ValueError, match="slider a: 2 names for 3 values"):
+        Slider("a", "a", 0, 2, 0, step=1, names=("one", "two"))
+
+
+def test_a_slider_of_names_in_a_live_kernel(samples):
+    controls, button, text, _ = widgets_of(samples.live())
+    assert controls["λ"].options[0] == ("0.1", 0.0) and controls["λ"].label == "∞ (pre-trained)"
+    controls["λ"].value = 1.0
+    assert controls["λ"].label == "1" and "<b>1</b>" in text.value
+    button.click()
+    assert controls["λ"].label == "∞ (pre-trained)"
+
+
+def test_lines_that_share_a_name_share_an_entry_of_the_legend(lam, samples):
+    for explorer, name in ((lam, "batch ± 1.96 standard errors"), (samples, "± 1.96 standard errors")):
+        result = explorer.evaluate()
+        assert [line["label"] for line in result["curve"]].count(name) == 2
+        legends = [axes.get_legend() for axes in explorer.figure(result).axes]
+        assert [text.get_text() for legend in legends if legend for text in legend.texts].count(name) == 1
 
 
 @pytest.mark.parametrize("value, end", [(1.0, 0.8), (1e3, 0.9), (1e6, 1.0)])
@@ -429,7 +475,8 @@ def test_javascript_agrees_with_python(which, page, request):
     page.set_content(document(explorer))
     settings = [*corners(explorer), explorer.defaults()]
     if which == "penalty":
-        settings += [{"gamma": g, "lam": v} for g, v in ((0.2, 0.79), (13.0, 0.16), (450.0, 1.2), (2500.0, 7.1))]
+        pairs = ((0.2, 0.79), (0.2, 0.16), (1.0, 0.5), (13.0, 0.16), (450.0, 1.2), (2500.0, 7.1))
+        settings += [{"gamma": g, "lam": v} for g, v in pairs]
     elif which == "lam":
         settings += [
             {"lam": v, "gamma": g, "n": n} for v, g, n in ((0.28, 10.0, "200"), (1.2, 400.0, "2000"), (7.1, 1.0, "200"))
@@ -455,7 +502,22 @@ def test_javascript_agrees_with_python(which, page, request):
 @pytest.mark.browser
 def test_javascript_formats_numbers_as_python(page):
     page.set_content(document(small()))
-    values = [0.5, -0.0012, 6.07e-8, -1234567.0, 1000.0, 0.0999999, 0.0, 99999.7, 12.0, 1e-4, 3.3e-5, 999999.6]
+    values = [
+        1e-16,
+        -1e7,
+        0.5,
+        -0.0012,
+        6.07e-8,
+        -1234567.0,
+        1000.0,
+        0.0999999,
+        0.0,
+        99999.7,
+        12.0,
+        1e-4,
+        3.3e-5,
+        999999.6,
+    ]
     for spec in (".2f", ".3f", ".2g", ".3g", ".4g"):
         ours = page.locator("#blx-small").evaluate(
             "(n, [v, s]) => v.map((x) => n.explorer.format(x, s))", [values, spec]
@@ -499,6 +561,55 @@ def test_two_explorers_on_a_page_by_keyboard(page, schedule, penalty):
     page.locator("#blx-penalty button").click()
     settle(page)
     assert curve(page, "penalty") == other
+
+
+@pytest.mark.browser
+def test_a_slider_of_names_says_lambda(page, samples):
+    page.set_content(document(samples))
+    settle(page)
+    slider = page.get_by_role("slider", name="λ")
+    assert slider.get_attribute("aria-valuetext") == "∞ (pre-trained)"
+    for name in ("10", "1", "0.1"):
+        slider.press("ArrowLeft")
+        settle(page)
+        assert slider.get_attribute("aria-valuetext") == name
+        assert page.locator("#blx-samples output").inner_text() == name
+        assert shown(page, "samples")[0] == name
+
+
+@pytest.mark.browser
+def test_one_entry_of_the_legend_for_both_ends_of_a_band(page, lam, samples):
+    page.set_content(document(lam, samples))
+    settle(page)
+    for name in ("lam", "samples"):
+        legend = page.locator(f"#blx-{name} .blx-legend > span").all_inner_texts()
+        assert sum("1.96 standard errors" in entry for entry in legend) == 1, legend
+
+
+OVERLAPS = """(root) => [...root.querySelectorAll("svg")].flatMap((canvas) => {
+  const turned = canvas.querySelector("text[transform]");
+  if (!turned) return [];
+  const name = turned.getBoundingClientRect(), edge = canvas.getBoundingClientRect().left;
+  return [...canvas.querySelectorAll('text[text-anchor="end"]')].flatMap((tick) => {
+    const box = tick.getBoundingClientRect();
+    return box.left < name.right + 2 || box.left < edge ? [`${turned.textContent}: ${tick.textContent}`] : [];
+  });
+})"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("which", ["schedule", "penalty", "lam", "tilt", "samples", "gamma"])
+def test_the_axis_name_is_clear_of_its_numbers(which, new_page, request):
+    explorer = request.getfixturevalue(which)
+    for width in (1000, 360):
+        page = new_page(viewport={"width": width, "height": 900})
+        page.set_content(document(explorer))
+        settle(page)
+        assert page.locator(f"#blx-{which}").evaluate(OVERLAPS) == []
+        for option in ("start", "end", "tau") if which == "gamma" else ():
+            page.locator("#blx-gamma select").select_option(option)
+            settle(page)
+            assert page.locator("#blx-gamma").evaluate(OVERLAPS) == []
 
 
 @pytest.mark.browser

@@ -9,6 +9,7 @@ from bilevel_core import samplers
 from bilevel_core.lab import data
 from bilevel_core.lab.models import captions, chains, networks, text_models
 from bilevel_core.lab.studies import prompt_following
+from bilevel_core.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def chain():
 
 def test_the_chain_is_ddim_with_the_prompted_denoiser(chain):
     images, cost = chain.sample("a bold seven", 5, 7)
-    generator = torch.Generator().manual_seed(7 * 1_000_003)
+    generator = torch.Generator().manual_seed(derive_seed("sample", 7, 0))
     x = samplers.draw_x_T((5, 1, 28, 28), chain.abar, generator=generator)
     with torch.no_grad():
         denoiser = networks.Prompted(chain.denoiser, "a bold seven", 2.0)
@@ -37,6 +38,18 @@ def test_images_do_not_depend_on_how_they_are_asked_for(chain):
     single = chain.sample("a two", 4, 1, batch=4)[0]
     torch.testing.assert_close(whole[1], single[1])  # the second row asks for a two; its noise is shared
     assert (chain.sample(prompts, 4, 2, batch=4)[0] - whole[:4]).abs().max() > 1e-3
+
+
+def test_noise_belongs_to_whole_batches(chain):
+    """As the docstring of `Chain.sample` has it: to the seed, a batch's first row and its length, not to a sample."""
+    forty = chain.sample("a two", 40, 3, batch=20)[0]
+    torch.testing.assert_close(chain.sample("a two", 20, 3, batch=20)[0], forty[:20])
+    torch.testing.assert_close(chain.sample("a two", 20, 3)[0], forty[:20])  # one batch of 20 rows
+    torch.testing.assert_close(chain.sample("a two", 20, 3, first=20)[0], forty[20:])
+    assert (chain.sample("a two", 40, 3)[0][:20] - forty[:20]).abs().max() > 0.1  # a batch of 40 is another one
+    for options in ({"n": 0}, {"n": 4, "batch": 0}, {"n": 4, "first": -4}):
+        with pytest.raises(ValueError, match="must be at least 1, first ="):
+            chain.sample("a two", seed=0, **options)
 
 
 def test_a_bank_is_drawn_once_goes_on_and_notices_what_changed(chain, tmp_path):

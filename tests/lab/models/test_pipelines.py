@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -48,17 +49,23 @@ def test_what_is_loaded_is_what_was_saved(folder, chain):
     assert chain.shape == (4, 8, 8) and chain.decode(x).shape == (3, 3, 16, 16) and chain.ts == [1000, 750, 500, 250]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "prediction, zero",
+    [("epsilon", False), ("v_prediction", False), ("sample", False), ("v_prediction", True), ("sample", True)],
+)
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_diffusers_own_pipeline_agrees(prediction, scale):
-    """Its sampler, its classifier-free guidance and its decoding, from the same x_T, at eta = 0."""
+def test_diffusers_own_pipeline_agrees(prediction, zero, scale):
+    """Its sampler, its classifier-free guidance and its decoding, from one x_T, at eta = 0; also from abar_T = 0."""
     from diffusers import DDIMScheduler
 
-    pipe = pipelines.random_pipeline("tiny", seed=2, prediction_type=prediction)
+    pipe = pipelines.random_pipeline("tiny", seed=2, prediction_type=prediction, rescale_betas_zero_snr=zero)
     pipe.scheduler = DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=0
     )
-    chain = pipelines.load(pipe, steps=5, scale=scale, eta=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of this scheduler is lost
+        chain = pipelines.load(pipe, steps=5, scale=scale, eta=0.0)
+    assert (chain.abar[-1] == 0) == zero
     x_T = start(chain, 2)
     with torch.no_grad():
         x = samplers.sample_ddim(chain.denoise(PROMPT), x_T, chain.abar, chain.ts)
@@ -77,11 +84,36 @@ def test_diffusers_own_pipeline_agrees(prediction, scale):
     torch.testing.assert_close((images + 1) / 2, theirs, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_zero_terminal_snr_is_guided_drawn_as_particles_and_counted(scale):
+    """abar_T = 0 through prompts, meter, guidance and micro-batches; the first step is unguided there."""
+    pipe = pipelines.random_pipeline("tiny", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    chain, passes = pipelines.load(pipe, steps=4, scale=scale), 1 if scale == 1 else 2
+    plain, cost = chain.sample(PROMPT, 3, 0)
+    guided, spent = chain.sample(PROMPT, 3, 0, wrap=lambda d: chain.guide(d, brightness, 0.002))
+    assert cost == 3 * 4 * passes and spent == cost + 2 * 3 * passes  # two guided steps, each with a backward pass
+    assert (brightness(chain.decode(guided)) > brightness(chain.decode(plain)) + 0.003).all()
+    found = chains.particles(chain, PROMPT, brightness, 1.0, 4, 0, {"low": brightness})
+    assert all(torch.isfinite(found[name]).all() for name in ("low", "log_w", "log_z"))
+
+
+def test_what_the_scheduler_would_do_besides_is_said():
+    from diffusers import DDIMScheduler
+
+    pipe = pipelines.random_pipeline("tiny", prediction_type="v_prediction")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    with pytest.warns(UserWarning, match="only the table abar is kept, not clip_sample = True"):
+        pipelines.load(pipe)
+
+
 def test_zero_strength_changes_nothing_bit_for_bit(chain):
     plain, cost = chain.sample(PROMPT, 3, 0)
     for checkpoint in (True, False):
         same = dataclasses.replace(chain, checkpoint=checkpoint)
-        guided, spent = same.sample(PROMPT, 3, 0, wrap=lambda d, c=same: c.guide(d, lambda x: 0 * brightness(x), 1.0))
+        with pytest.warns(UserWarning, match="gradient of the reward was zero for every sample at every step"):
+            guided, spent = same.sample(
+                PROMPT, 3, 0, wrap=lambda d, c=same: c.guide(d, lambda x: 0 * brightness(x), 1.0)
+            )
         assert torch.equal(guided, plain)
         assert cost == 3 * 4 * 2  # four steps, two passes
         assert spent == 3 * 2 * (3 * 2 + 1)  # the last step is plain; what a checkpoint computes again is not counted
@@ -265,8 +297,10 @@ def test_schedulers_and_options_that_do_not_fit_are_refused(folder):
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no table of betas"):
         pipelines.load(pipe)
     pipe.scheduler = DDIMScheduler.from_config(betas, rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="ends at abar = 0.*rescale_betas_zero_snr|betas must lie"):
+    with pytest.raises(ValueError, match="ends at abar = 0, where no eps .*: set its rescale_betas_zero_snr to False"):
         pipelines.load(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)
+    assert pipelines.load(pipe).abar[-1] > 0
     pipe.scheduler = DDIMScheduler.from_config(betas, prediction_type="sample")
     pipe.scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="prediction = 'flow' is not"):

@@ -3,13 +3,14 @@
 import copy
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bilevel_core.lab.models import pipelines, rewards
+from bilevel_core.lab.models import chains, pipelines, rewards
 
 
 def bar(width, ink=1.0):
@@ -72,8 +73,41 @@ def test_errors():
         rewards.standardised(lambda x: rewards.ink(x) * float("nan"), noise(100))
     with pytest.raises(ValueError, match="not \\(B, 1, H, W\\)"):
         rewards.ink(torch.zeros(2, 28, 28))
-    with pytest.raises(ValueError, match="size = 16"):
-        rewards.RandomResNet(size=16)
+    for size in (16, 0):
+        with pytest.raises(ValueError, match=f"size = {size} is smaller than the images"):
+            rewards.RandomResNet(size=size)
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (lambda x: x.mean((2, 3)), ValueError, r"shape \(50, 1\) for 50 images; it must be one value each.*\(50,\)"),
+        (lambda x: x.mean(), ValueError, r"shape \(\) for 50 images"),
+        (lambda x: x.mean((1, 2, 3))[1:], ValueError, r"shape \(49,\) for 50 images"),
+        (lambda x: x.mean((1, 2, 3)) > 0, ValueError, r"of 50 images is torch.bool: .*\.float\(\)"),
+        (lambda x: (x > 0).sum((1, 2, 3)), ValueError, "int64"),
+        (lambda x: x.mean((1, 2, 3)).numpy(), TypeError, r"is a ndarray of shape \(50,\), no tensor of torch"),
+        (lambda x: x.mean((1, 2, 3)).tolist(), TypeError, "is a list, no tensor"),
+        (lambda x: x.mean().item(), TypeError, "is a float, no tensor"),
+        (lambda x: None, TypeError, "is a NoneType"),
+    ],
+)
+def test_what_is_not_one_float_for_each_image_is_refused_with_its_shape(reward, error, message):
+    for use in (
+        lambda: rewards.standardised(reward, noise(100), batch=50),
+        lambda: chains.rewarded(noise(50), {"own": reward}),
+        lambda: rewards.check(lambda x: reward(x.detach()), noise(50)),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+
+
+def test_a_scale_is_of_one_row_of_values():
+    with pytest.raises(ValueError, match=r"shape \(4, 1\); they must be \(n,\)"):
+        rewards.scale(torch.rand(4, 1))
+    with pytest.raises(ValueError, match=r"shape \(1,\)"):
+        rewards.scale(torch.ones(1))
+    assert rewards.scale([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
 
 
 # ---------------------------------------------------------------- photographs
@@ -358,6 +392,44 @@ def test_check_says_why_a_reward_cannot_steer():
         (lambda images: images.mean((1, 2, 3)).detach(), "no gradient in the pixels"),
         (lambda images: (images.mean((1, 2, 3)) > 0).float() + 0 * images.sum((1, 2, 3)), "no gradient"),
         (lambda images: (images - images.mean(0)).square().mean((1, 2, 3)), "other images of its batch"),
+        (lambda images: images.mean((1, 2, 3)) - images.mean(), "other images of its batch"),
+        (lambda images: images.mean((1, 2, 3)) - images.mean().detach(), "other images of its batch"),
+        (lambda images: images.mean((1, 2, 3)) + 0.1 * torch.rand(len(images)), "is another at a second call"),
+        (lambda images: (100 * images.mean((1, 2, 3))).round(), "no gradient"),
+        (lambda images: images.mean((1, 2, 3)).clamp(min=2), "no gradient in the pixels of these 3 images; it is 2 "),
+        (lambda images: (images[:, 0, 0, 0] * 0).sqrt(), "gradient of the reward is not finite for 3 of 3"),
+        (lambda images: (images[:, 0, 0, 0] - images[2, 0, 0, 0].detach()).square().sqrt(), "other images|1 of 3"),
     ):
         with pytest.raises(ValueError, match=message):
             rewards.check(reward, x)
+    with pytest.raises(ValueError, match="1 images are too few"):
+        rewards.check(lambda images: images.mean((1, 2, 3)), x[:1])
+    for images, message in ((x * 3, "not in .-1, 1."), (x[0], "shape"), ((x > 0), "bool")):
+        with pytest.raises(ValueError, match=message):
+            rewards.check(lambda images: images.mean((1, 2, 3)), images)
+    with pytest.warns(UserWarning, match="pass 2"):
+        rewards.check(lambda images: images.mean((1, 2, 3)), (x + 1) / 2)
+
+
+def test_check_passes_what_can_steer():
+    """Also where some images are equal, or where a clamp holds some of them."""
+    x = noise(4)
+    x[1] = x[0]
+    own = (rewards.ink, rewards.boldness, rewards.RandomResNet(), lambda x: rewards.ink(x).clamp(min=0.5))
+    for reward in own:
+        rewards.check(reward, x)
+    batch = rewards.RandomResNet().train()  # batch statistics
+    with pytest.raises(ValueError, match="depends on the other images|second call"):
+        rewards.check(batch, x)
+
+
+def test_a_prompt_longer_than_the_text_tower_reads_is_told(tower):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = tower.score("x " * 75)  # 77 tokens with start and end
+    with pytest.warns(UserWarning, match="has 78 tokens.* reads 77: the last 1 before the end are cut off"):
+        longer = tower.score("x " * 76)
+    with pytest.warns(UserWarning, match="has 202 tokens.*the last 125 "):
+        tower.score("x " * 200)
+    image = torch.cat([unit(photograph(seed=s)) for s in range(3)])
+    assert torch.equal(exact(image), longer(image))  # so without the warning nobody would know
