@@ -387,8 +387,7 @@ def all_pieces(smoke: bool = False) -> list[Piece]:
     plan = asdict(SMALL_RACE if smoke else RACE)
     found = [
         Piece("checks", checks, 1.0, alone=True),
-        Piece("throughput", throughput, 1.2, gib=8, alone=True),
-        Piece("sd15-sample", sample, 1.5, gib=13, alone=True),
+        Piece("sd15-sample", sample, 1.0, gib=13, alone=True),
     ]
     for options, _ in memory.SETTINGS:
         if options["side"] >= 512:
@@ -399,14 +398,15 @@ def all_pieces(smoke: bool = False) -> list[Piece]:
                 24 if options["dtype"] == "float32" or options["side"] > 512 or options.get("micro_batch") == 4 else 12
             )
             found.append(
-                Piece(name, partial(setting, options=dict(options)), 0.6, gib=gib, alone=True, settings=options)
+                Piece(name, partial(setting, options=dict(options)), 0.3, gib=gib, alone=True, settings=options)
             )
-    found.append(Piece("sd15-particles", particles, 0.8, gib=24, alone=True))
+    found.append(Piece("sd15-particles", particles, 0.5, gib=24, alone=True))
+    found.append(Piece("throughput", throughput, 1.0, gib=8, alone=True))
 
     needs = () if smoke else ("mnist",)
 
     def repetition(seed: int) -> Piece:
-        return Piece(f"race28-warm-{seed}", partial(warm, seed=seed), 0.8, gib=3, needs=needs, settings=plan)
+        return Piece(f"race28-warm-{seed}", partial(warm, seed=seed), 0.5, gib=3, needs=needs, settings=plan)
 
     def entry(method: str, seed: int, **options: bool) -> Piece:
         name = "-".join(["race28", schedule_race._slug(method), str(seed), *options])
@@ -414,7 +414,7 @@ def all_pieces(smoke: bool = False) -> list[Piece]:
         if options.get("own"):
             before = (f"race28-{schedule_race._slug(method)}-{seed}",)
         run = partial(contest, method=method, seed=seed, **options)
-        minutes = 2.5 if method == "Algorithm 6" else 2.0 if options.get("total") else 1.6
+        minutes = 0.8 if method in schedule_race.FIXED and not options else 1.5
         return Piece(name, run, minutes, gib=3, needs=needs, after=before, settings=plan)
 
     def seeds_of(methods: Sequence[str], seeds: Sequence[int], **options: bool) -> list[Piece]:

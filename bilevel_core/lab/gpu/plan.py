@@ -186,6 +186,7 @@ class Worker:
 def serve(pieces: Sequence[Piece], context: Context, work: Path, ran: Mapping[str, Any]) -> None:
     """A worker: reads names of pieces from its input, and says of each how it ended."""
     torch.set_num_threads(min(2, torch.get_num_threads()))  # several workers share the cores
+    threading.Thread(target=_orphan, args=(os.getppid(),), daemon=True).start()
     say, by_name = os.fdopen(os.dup(1), "w"), {piece.name: piece for piece in pieces}
     os.dup2(2, 1)  # whatever a piece prints goes to the log
     for line in sys.stdin:
@@ -199,6 +200,13 @@ def serve(pieces: Sequence[Piece], context: Context, work: Path, ran: Mapping[st
             text = " ".join(f"{type(error).__name__}: {error}".split())
             said = {"name": name, "ok": False, "said": text[:600]}
         print(json.dumps(said), file=say, flush=True)
+
+
+def _orphan(parent: int) -> None:
+    """Ends this worker, with all that it has started, when the run that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- the run

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ...algorithms import in_mode
+
 FAR = 1e-2  # of the largest value: how far a recording may be from the network before it is not used
 
 
@@ -24,7 +26,8 @@ def training(network: nn.Module, shape: tuple[int, ...]) -> Iterator[bool]:
     done = False
     if device.type == "cuda":
         try:
-            _record(network, shape, device)
+            with in_mode(True, network):  # as `train_score` calls it
+                _record(network, shape, device)
             done = True
         except Exception as error:  # whatever this network, torch or driver does not allow
             warnings.warn(f"no CUDA graph of the training step ({error}): it runs as it is", stacklevel=3)
