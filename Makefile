@@ -11,13 +11,13 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)")
 
 ifeq ($(filter $(PROFILE),smoke quick full),)
 $(error PROFILE=$(PROFILE): choose smoke (minutes, for tests), quick (what readers see) or full (for a GPU))
 endif
 
-.PHONY: help book pdf test fast lab bench sweep mutants format readme clean
+.PHONY: help book pdf test fast lab bench sweep gpu gpu-merge mutants format readme clean
 
 help:
 	@echo "make book [PROFILE=quick]   execute the notebooks, build the site, print the page to open"
@@ -29,6 +29,9 @@ help:
 	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
+	@echo "make gpu MINUTES=8 [OUT=folder] [DATA=folder]"
+	@echo "                            what wants a GPU, the most worth first, resumable; DRY=1 prints the plan"
+	@echo "make gpu-merge              what it left, as results in book/results"
 	@echo "make mutants                small faults in the core's mathematics, one at a time: which do the tests miss?"
 	@echo "                            an hour or two of one core, resumable; writes tests/mutants.md"
 	@echo "make format                 format the code and strip the notebooks' outputs"
@@ -36,10 +39,10 @@ help:
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
 book: $(READY)
-	@$(BIN)/python book/build.py --profile $(PROFILE)
+	@$(BIN)/python book/build.py --profile "$(PROFILE)"
 
 pdf: book
-	@$(BIN)/python book/pdf.py --profile $(PROFILE)
+	@$(BIN)/python book/pdf.py --profile "$(PROFILE)"
 
 test: fast
 	PYTHONPATH="$(CURDIR)/tests/offline" $(BIN)/python book/build.py --profile smoke
@@ -65,7 +68,15 @@ WORKERS ?= 1
 sweep: $(READY)
 	@test -n "$(NOTEBOOK)" -a -n "$(GRID)" -a -n "$(OUT)" || { \
 	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
-	$(BIN)/python -m bilevel_core.lab.sweep $(NOTEBOOK) $(GRID) $(OUT) --workers $(WORKERS) $(addprefix --cluster ,$(CLUSTER))
+	$(BIN)/python -m bilevel_core.lab.sweep "$(NOTEBOOK)" "$(GRID)" "$(OUT)" --workers "$(WORKERS)" --cluster "$(CLUSTER)"
+
+# Also without make or .venv: python3 -m bilevel_core.lab.gpu --minutes 8
+MINUTES ?= 8
+gpu: $(READY)
+	$(BIN)/python -m bilevel_core.lab.gpu --minutes $(MINUTES) $(addprefix --out ,$(OUT)) $(addprefix --data ,$(DATA)) $(if $(DRY),--dry)
+
+gpu-merge: $(READY)
+	$(BIN)/python -m bilevel_core.lab.gpu merge
 
 # Takes up a run that was stopped. MUTANTS="name ..." (wildcards allowed) tries only those, whatever is known of them.
 MUTANTS ?=
@@ -94,14 +105,15 @@ $(READY): $(BIN)/python pyproject.toml $(wildcard $(CONSTRAINTS))
 	@touch $@
 
 $(BIN)/python:
-	@for p in $(PYTHON); do \
-	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
-	    echo "Creating $(VENV) with $$($$p --version)"; \
-	    $$p -m venv $(VENV) && exit 0; \
+	@set -- $(PYTHON); if [ -x "$(PYTHON)" ]; then set -- "$(PYTHON)"; fi; \
+	for p in "$$@"; do \
+	  if "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	    echo "Creating $(VENV) with $$("$$p" --version)"; \
+	    "$$p" -m venv $(VENV) && exit 0; \
 	    rm -rf $(VENV); \
 	    echo "$$p could not create $(VENV); on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; \
 	  fi; \
 	done; \
 	echo "The book needs Python 3.11, 3.12 or 3.13; tried:" >&2; \
-	for p in $(PYTHON); do echo "  $$p: $$($$p --version 2>&1 | tail -n 1)" >&2; done; \
+	for p in "$$@"; do echo "  $$p: $$("$$p" --version 2>&1 | tail -n 1)" >&2; done; \
 	echo "Install one of them, or name it: make book PYTHON=/path/to/python3.12" >&2; exit 1

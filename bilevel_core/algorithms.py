@@ -249,9 +249,8 @@ def learn_lam(
     reach = low if draw else _smallest_log_lam(samples, low, high, min_ess)
     previous = resume and resume.outer
     if resume and resume.round == 0:
-        then = {"gamma": resume.gamma, "samples": fingerprint(previous.p_star.r_low)}
         now = {"gamma": gamma(resume.k) if callable(gamma) else gamma, "samples": fingerprint(samples.r_low)}
-        refuse_changes(then, now)
+        refuse_changes({"gamma": resume.gamma, "samples": fingerprint(previous.p_star.r_low)}, now)
     if reach > math.log(lam):
         warnings.warn(
             f"lam starts at {reach.exp():.3g}, not {lam:g}: the samples reach no further down; pass draw", stacklevel=2
@@ -318,17 +317,14 @@ def refuse_changes(saved: dict, config: dict, what: str = "parameters") -> None:
     """Raises ValueError, naming what differs, unless a saved run had the parameters (or `what`) `config`."""
     changed = [f"{n}: {saved.get(n)} -> {config[n]}" for n in sorted(config) if saved.get(n) != config[n]]
     if changed:
-        more = f", and {len(changed) - 9} more" if len(changed) > 9 else ""
-        said = ", ".join(changed[:9]) + more
+        said = ", ".join(changed[:9] + [f"and {len(changed) - 9} more"] * (len(changed) > 9))
         raise ValueError(f"the saved run has other {what} ({said}); restore them or use another work_dir")
 
 
 def plain(value: object) -> object:
     """A parameter as JSON can hold it: functions and classes by name, tensors and numbers of numpy by their values."""
     if isinstance(value, functools.partial):
-        return [plain(v) for v in (value.func, *value.args, value.keywords)]
-    if isinstance(value, dict):
-        return {name: plain(v) for name, v in value.items()}
+        value = [value.func, *value.args, {name: plain(v) for name, v in value.keywords.items()}]
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if hasattr(value, "tolist"):
@@ -365,7 +361,7 @@ class Inputs:
 
     def load(self, prints: dict) -> None:
         """Expects what a saved run was given, at the next `check`."""
-        self.prints, self.saved = prints, prints
+        self.x0, self.prints, self.saved = None, prints, prints
 
     def check(self, x0: Tensor, abar: Tensor | None = None) -> None:
         """Raises ValueError unless x0 is finite floats of the scale of noise, and both are what the saved run had."""
@@ -380,23 +376,23 @@ class Inputs:
 
 
 def _check_data(x0: Tensor) -> None:
-    what, remedy = f"x0 of shape {tuple(x0.shape)}", "scale it to about [-1, 1], from 0..255 by x0.float() / 127.5 - 1"
+    what = f"x0 of shape {tuple(x0.shape)}"
     if not len(x0):
         raise ValueError(f"{what} is empty")
-    low, high = x0.min().item(), x0.max().item()
-    if not x0.is_floating_point():
-        raise ValueError(f"{what} has {x0.dtype} values from {low} to {high}: {remedy}")
+    low, high, size = x0.min().item(), x0.max().item(), LARGE * x0.numel() ** 0.5
     if not math.isfinite(high - low):
         raise ValueError(f"{what} must be finite")
-    size = x0.numel() ** 0.5 * LARGE
-    if max(-low, high) > LARGE and torch.linalg.vector_norm(x0, dtype=torch.float64) > size:
-        raise ValueError(f"{what} has values from {low:g} to {high:g}: {remedy}")
+    far = max(-low, high) > LARGE and torch.linalg.vector_norm(x0.float(), dtype=torch.float64) > size
+    if far or not x0.is_floating_point():
+        remedy = "scale it to about [-1, 1], from 0..255 by x0.float() / 127.5 - 1"
+        raise ValueError(f"{what} has {x0.dtype} values from {low:g} to {high:g}: {remedy}")
 
 
 def fingerprint(x: Tensor) -> list:
     """Type, shape and two sums over the bits of x (n, ...): the same on every device, another for other data."""
-    rows = x.detach().contiguous().reshape(len(x), -1)
-    size = x.element_size() if rows[0].nbytes % 8 else 8
+    rows, size = x.detach().contiguous().reshape(len(x), -1), x.element_size()
+    if rows[0].nbytes % 8 == 0:  # eight bytes at once, where they begin at a multiple of eight
+        rows, size = rows.clone() if rows.storage_offset() * size % 8 else rows, 8
     sums = [rows.view(getattr(torch, f"int{8 * size}")).sum(i, dtype=torch.int64) for i in (0, 1)]  # modulo 2^64
     return [str(x.dtype), list(x.shape), *(int((s * torch.arange(1, len(s) + 1).to(s)).sum()) for s in sums)]
 
@@ -478,10 +474,8 @@ class ScoreTraining:
         slopes = [w.grad for w in self.denoiser.parameters() if w.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(slopes, float("inf"))):
             self.optimizer.zero_grad()
-            raise FloatingPointError(
-                f"the gradient of the loss is not finite at step {self.step + 1}, though the loss is {value:g}: "
-                "something in it has no derivative there, such as a square root or a norm at 0"
-            )
+            where = f"at step {self.step + 1}, though the loss is {value:g}: something in it is like a square root at 0"
+            raise FloatingPointError(f"the gradient of the loss is not finite {where}")
         self.optimizer.step()
         self.ema.update_parameters(self.denoiser)
         self.step += 1
@@ -517,10 +511,10 @@ class ScoreTraining:
             return {n[len(prefix) :]: value.clone() for n, value in tensors.items() if n.startswith(prefix)}
 
         saved, own = (
-            {name: f"{value.dtype} {tuple(value.shape)}" for name, value in weights.items()}
+            {name: f"{w.dtype} {tuple(w.shape)}" for name, w in weights.items()}
             for weights in (part("denoiser."), self.denoiser.state_dict())
         )
-        refuse_changes(saved, {name: own.get(name) for name in saved | own}, "weights")
+        refuse_changes(saved, dict.fromkeys(saved) | own, "weights")
         self.denoiser.load_state_dict(part("denoiser."))
         self.ema.load_state_dict(part("ema."))
         moments: dict[int, dict[str, Tensor]] = {}

@@ -121,9 +121,8 @@ def q_grad_forward(f: Objective, q: Tensor, *, seed: int) -> tuple[Tensor, dict]
     except RuntimeError as error:
         with torch.no_grad():
             run(q)  # raises its own error where forward mode is not to blame
-        said = str(error).partition("\n")[0]
-        remedy = "pass estimator=estimators.q_grad_reverse"
-        raise RuntimeError(f"f works, but not in forward mode ({said}): {remedy}") from error
+        said = f"f works, but not in forward mode ({str(error).splitlines()[0]})"
+        raise RuntimeError(f"{said}: pass estimator=estimators.q_grad_reverse") from error
     return torch.stack(grad).detach(), {"calls": 1 + len(q), "f": value.item(), "se": None}
 
 
@@ -161,7 +160,7 @@ def _seed(seed: int, common: bool, k: int, sign: int) -> int:
 
 def _value(f: Objective, q: Tensor, seed: int) -> Tensor:
     with torch.no_grad():
-        value = f(q, seed).double()
+        value = f(q, seed).double().to(q.device)
     if not torch.isfinite(value):
         raise FloatingPointError(f"f = {value.item()} at q = {q.tolist()}: lower delta, or project q with a margin")
     return value

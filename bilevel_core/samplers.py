@@ -11,7 +11,6 @@ itself can take the step: those of `guidance.eps_from_x0` and `eps_from_v` do, a
 import itertools
 import math
 import operator
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
@@ -39,7 +38,6 @@ class Guide(Protocol):
 
 
 SPACINGS = ("trailing", "leading", "linspace")
-VISIBLE = 0.05  # of rounding errors, in units of the noise, after a step
 
 
 def timesteps(T: int, steps: int, spacing: str = "trailing", offset: int = 0) -> list[int]:
@@ -116,7 +114,7 @@ def sample_ddim(
     checkpoint  recomputes each denoiser call in the backward pass, so that memory holds one of them at a time
     Returns x_0 (B, ...), or the list [x_T, ..., x_0] if trajectory. Raises TypeError or ValueError for a bad eta, grid
     or table (`schedules.check_abar`), for x that is not floating, and for abar = 0 at ts[0] with a denoiser that gives
-    eps alone. Warns where rounding in x's dtype is visible after the first step.
+    eps alone.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta} must lie in [0, 1]")
@@ -265,10 +263,7 @@ def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_grid(ts: Iterable[int], abar: Tensor) -> list[int]:
     """The grid as ints of Python. Raises ValueError unless it descends within 1..T and abar (T+1,) falls along it."""
-    try:
-        grid = [operator.index(t) for t in ts]
-    except TypeError:
-        grid = []
+    grid = [operator.index(t) if hasattr(t, "__index__") else 0 for t in ts]
     if not grid or grid[0] >= len(abar) or grid[-1] < 1 or any(t <= s for t, s in itertools.pairwise(grid)):
         raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}, in integers")
     levels = abar.detach()[[*grid, 0]]
@@ -290,13 +285,6 @@ def _start(
     ts = check_grid(ts, abar)
     pairs = list(zip(ts, [*ts[1:], 0], strict=True))
     dark = ts[0] if schedules.read(abar[ts[0]], 1.0) == 0 else None
-    growth = 0.0 if dark else schedules.read((abar[pairs[0][1]] / abar[ts[0]]).sqrt(), 0.0)
-    if growth * torch.finfo(x.dtype).eps > VISIBLE:
-        warnings.warn(
-            f"the first step multiplies x by {growth:.2g}, and with it the rounding of {x.dtype}: sample in a wider "
-            "dtype, or with a larger abar_T (schedules.rescale_terminal)",
-            stacklevel=3,
-        )
     return abar, progress(pairs) if progress else pairs, dark
 
 

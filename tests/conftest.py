@@ -29,13 +29,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (and count as deselected) the tests that read MNIST where it is not at hand."""
-    if mnist_root() is not None:
-        return
-    left_out = [item for item in items if item.get_closest_marker("mnist")]
+    """Leave out (and count as deselected) the tests that read MNIST, or want a GPU, where there is none at hand."""
+    absent = ["mnist"] * (mnist_root() is None) + ["cuda"] * (not torch.cuda.is_available())
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("mnist")]
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")

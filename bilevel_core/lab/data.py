@@ -121,7 +121,7 @@ def available(name: str, root: str | Path | None = None) -> bool:
     if name == "digits":
         return True
     given = root or os.environ.get("BILEVEL_DATA") or places.work_dir() / "data"
-    return _complete(name, Path(given).expanduser() / FOLDERS[name] / "raw")
+    return _complete(name, places.expand(given, "root" if root else "BILEVEL_DATA") / FOLDERS[name] / "raw")
 
 
 def _complete(name: str, folder: Path) -> bool:
@@ -131,7 +131,8 @@ def _complete(name: str, folder: Path) -> bool:
 def _folder(name: str, root: str | Path | None) -> Path:
     """The folder raw/ of a data set; without a root it is downloaded first, where it is not there already."""
     given = root or os.environ.get("BILEVEL_DATA")
-    folder = Path(given or places.work_dir() / "data").expanduser() / FOLDERS[name] / "raw"
+    given_as = "root" if root else "BILEVEL_DATA"
+    folder = places.expand(given or places.work_dir() / "data", given_as) / FOLDERS[name] / "raw"
     if not given and not _complete(name, folder):
         _download(name, folder.parents[1])
     return folder

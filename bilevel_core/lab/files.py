@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import places
+
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
     """Write `data` so that `path` holds the old bytes or the new ones, never a part, whenever it is killed.
 
-    A temporary neighbour is written, flushed to the disk and renamed. One writer per path.
+    A temporary neighbour is written, flushed to the disk and renamed. Its name is this writer's own, so two that write
+    to one path do not disturb each other: the last wins. Neighbours that killed processes left behind are removed.
+    Raises OSError (a full disk, no permission) with path and remedy; nothing partial stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    machine = _machine()
+    temporary = path.with_name(f".{path.name}.{machine}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror or error}): free some space there, or choose another, "
+            "writable folder; what it held before is intact, and the run can be started again",
+        ) from error
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{machine}.*.tmp"):
+        if _is_dead(left.name.split(".")[-3]):
+            with contextlib.suppress(OSError):
+                left.unlink()
     try:  # the rename itself; some mounted drives cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError:
@@ -38,6 +63,63 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
     finally:
         os.close(folder)
     return path
+
+
+def _machine() -> str:
+    """Eight letters for where a process number means something: the machine, and on Linux the container in it."""
+    where = platform.node()
+    with contextlib.suppress(OSError):
+        where += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def _is_dead(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return True
+    except OSError:
+        pass  # another user's
+    return False
+
+
+@contextlib.contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Keeps other processes from what is made at `path` for as long as the context lasts, by a lock beside it.
+
+    The lock is the kernel's: it ends with its process, however that ends, and holds across machines where the file
+    system has such locks; where it has none, nothing is locked. The same process may take it again.
+    Raises RuntimeError at once, naming the other process, where it is held.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(lock, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RuntimeError(
+                f"{path} is being made by {holder}: wait until it has ended, and start again to use what it made; or "
+                "choose another work_dir"
+            ) from None
+        except OSError:
+            pass  # this file system has no locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        file.close()  # its last holder removed it just now
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def save_state(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
@@ -103,7 +185,8 @@ def plain(value: Any) -> Any:
 def piece(path: Path, config: dict, compute: Callable[[], dict]) -> dict:
     """compute(), or what it gave before if `path` holds it; written atomically with its configuration.
 
-    Raises ValueError if the file was made with another configuration, naming what differs.
+    Raises ValueError if the file was made with another configuration, naming what differs, the notebook's parameter
+    behind it and the other files that it concerns.
     """
     if path.exists():
         try:
@@ -111,8 +194,7 @@ def piece(path: Path, config: dict, compute: Callable[[], dict]) -> dict:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); delete it to compute this piece again") from error
         if found["config"] != config:
-            changed = [k for k in config if found["config"].get(k) != config[k]]
-            raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+            raise ValueError(_made_otherwise(path, found["config"], config))
         return found
     start = time.perf_counter()
     found = {"config": config} | compute()
@@ -129,7 +211,51 @@ def kept(path: Path | None, config: dict, compute: Callable[[], dict[str, Tensor
             save_state(path, tensors, config)
         return tensors
     tensors, found = load_state(path)
-    changed = [key for key in config if found.get(key) != config[key]]
-    if changed:
-        raise ValueError(f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir")
+    if any(found.get(key) != config[key] for key in config):
+        raise ValueError(_made_otherwise(path, found, config))
     return tensors
+
+
+def _made_otherwise(path: Path, found: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What to say of a file that was made with `found` where `config` is wanted."""
+    none = object()
+    changed = [key for key in {**config, **found} if found.get(key, none) != config.get(key, none)]
+    said = [f"{path} was made with other {', '.join(changed)}; delete it or use another work_dir."]
+    for key in changed:
+        names = _parameters(key, config.get(key))
+        behind = f" (parameter {' or '.join(names)})" if names else ""
+        said.append(f"{key} is {_short(found.get(key))} there and {_short(config.get(key))} now{behind}.")
+    others = []
+    for other in sorted(path.parent.glob(f"*{path.suffix}")):
+        made = _config_of(other) if other != path else {}
+        if any(key in made and made[key] != config.get(key, none) for key in changed if key != "seed"):
+            others.append(other.name)
+    if others:
+        listed = ", ".join(others[:5]) + f" and {len(others) - 5} more" * (len(others) > 5)
+        said.append(f"So it is with {listed}; to compute all anew, delete the folder {path.parent}.")
+    return " ".join(said)
+
+
+def _parameters(key: str, value: Any) -> list[str]:
+    """The notebook's parameters that a value of a configuration comes from, by value and name; n means samples."""
+    known = places.RUN.parameters
+    same = [name for name, given in known.items() if type(given) is type(value) and given == value]
+    word = "samples" if key == "n" or key.startswith("n_") else key
+    return [name for name in same if f"_{name}".endswith(f"_{word}")] or (same if len(same) == 1 else [])
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The configuration in a file of `piece` or `kept`; empty where there is none."""
+    try:
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_text())["config"])
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return dict(json.loads(json.loads(file.read(min(size, 10**7)))["__metadata__"]["meta"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -100,17 +100,28 @@ def kid_of_images(
 def classifier_score(logits: Tensor) -> float:
     """exp of the mean KL(p(y|x) || p(y)) over samples: the Inception Score with logits (n, classes) of a classifier.
 
-    From 1 (all predictions alike) to the number of classes (sure and evenly spread).
+    From 1 (all predictions alike) to the number of classes (sure and evenly spread). Raises ValueError where there are
+    no samples or a logit is not finite.
     """
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, not (n, classes) with at least one of each")
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite()).any(1).sum())
+        raise ValueError(f"logits contain NaN or infinity for {bad} of {len(logits)} samples: look at those samples")
     log_p = logits.double().log_softmax(1)
     log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
     return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean of independent values (one per training seed, say) with Student's t interval for its expectation."""
+    """Mean of independent values (one per training seed, say) with Student's t interval for its expectation.
+
+    level  of confidence, within (0, 1). Raises ValueError where it is not, or below two finite values.
+    """
     from scipy import stats
 
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level} must lie within (0, 1), such as 0.95")
     x = torch.as_tensor(values, dtype=torch.float64)
     if x.ndim != 1 or len(x) < 2 or not x.isfinite().all():
         raise ValueError(f"an interval needs at least two finite values, not {values!r}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
+import html
+import json
 import math
 import os
 import re
@@ -13,11 +16,15 @@ from typing import Any
 
 import torch
 
-from .places import PROFILES, project_root, relative
+from .places import PROFILES, RUN, project_root, relative, work_dir
+
+# What a notebook's parameters cell may hold besides: where papermill found the notebook and leaves it.
+PATHS = ("PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH")
+WHERE = ("device", "work_dir")  # parameters that decide where is computed, not what
 
 
 def resolve(notebook: str, scope: Mapping[str, Any], **rules: Any) -> SimpleNamespace:
-    """Check a notebook's parameters, expand its profile, print and return them.
+    """Check a notebook's parameters, expand its profile, show and return them.
 
     notebook  its name without .ipynb; the profiles are notebooks/profiles/<profile>/<notebook>.yaml
     scope     the notebook's `globals()`
@@ -28,12 +35,15 @@ def resolve(notebook: str, scope: Mapping[str, Any], **rules: Any) -> SimpleName
     A parameter that still has its quick value takes the value of the profile named by PROFILE, unless
     papermill passed it; what is set otherwise wins. Raises ValueError that names the parameter, its value and
     what is allowed; an unknown name in the `parameters` cell or among papermill's gets a suggestion.
+
+    book/results holds runs of profiles as they are: a recorded or full run with anything else than the profile's values
+    (another seed, say; WHERE does not count) has its results in a folder of its own below work_dir/results.
     """
     names = ("PROFILE", *rules)
     cell, passed = _assignments(scope.get("In", ()))
     for where, assigned in (("passed by papermill", passed), ("in the parameters cell", cell)):
         for name in assigned:
-            if name not in names:
+            if name not in (*names, *PATHS):
                 raise ValueError(f"unknown parameter {name!r} {where}{_suggest(name, names)}")
     missing = [name for name in names if name not in scope]
     if missing:
@@ -48,9 +58,72 @@ def resolve(notebook: str, scope: Mapping[str, Any], **rules: Any) -> SimpleName
         if untouched and name in chosen:
             value = chosen[name]
         values[name] = _check(name, value, rule, quick.get(name, value))
-    shown = ", ".join(f"{name} = {value!r}" for name, value in values.items() if name != "PROFILE")
-    print(f"{notebook}, profile {profile}: {shown}")
+    table = Shown(notebook, values, quick)
+    _show(table)
+    RUN.parameters, RUN.results = dict(values), None
+    usual = quick | chosen
+    other = {k: v for k, v in values.items() if k not in WHERE and not _same(v, usual.get(k))}
+    if profile in ("recorded", "full") and other and "work_dir" in values:
+        RUN.results = work_dir(values["work_dir"]) / "results" / label(other)
+        if "BILEVEL_RESULTS" not in os.environ:
+            print(f"not the {profile} profile as it is ({', '.join(other)}): results go to {RUN.results}")
     return SimpleNamespace(**values)
+
+
+class Shown:
+    """The resolved parameters as a table that is folded in a notebook and on a page, and plain lines elsewhere."""
+
+    def __init__(self, notebook: str, values: Mapping[str, Any], quick: Mapping[str, Any]):
+        names = [name for name in values if name != "PROFILE"]
+        self.rows = [
+            (name, repr(values[name]), None if _same(values[name], quick.get(name)) else repr(quick.get(name)))
+            for name in names
+        ]
+        changed = sum(before is not None for *_, before in self.rows)
+        self.title = f"Parameters of {notebook}, profile {values['PROFILE']}: {len(names)}, "
+        self.title += f"{changed} not as in quick" if changed else "all as in quick"
+
+    def __repr__(self) -> str:
+        wide = max((len(name) for name, *_ in self.rows), default=0)
+        lines = [
+            f"  {name:<{wide}} = {value}" + ("" if before is None else f"  (quick: {before})")
+            for name, value, before in self.rows
+        ]
+        return "\n".join([self.title, *lines])
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            style = "text-align: left; vertical-align: top; padding: 0.1em 0.6em; overflow-wrap: anywhere"
+            return "<tr>" + "".join(f'<{tag} style="{style}">{cell}</{tag}>' for cell in cells) + "</tr>"
+
+        body = []
+        for name, value, before in self.rows:
+            value = html.escape(value)
+            now, before = (value, "the same") if before is None else (f"<b>{value}</b>", html.escape(before))
+            body.append(line((name, now, before), "td"))
+        head = f"<thead>{line(('parameter', 'value', 'in quick'), 'th')}</thead>"
+        table = f'<table class="dataframe" style="font-size: 0.88em">{head}<tbody>{"".join(body)}</tbody></table>'
+        return f"<details><summary>{html.escape(self.title)}</summary>{table}</details>"
+
+
+def _show(table: Shown) -> None:
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        print(table)
+        return
+    if get_ipython() is None:
+        print(table)
+    else:
+        display(table)
+
+
+def label(shown: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> str:
+    """A folder's name for a run with these values: those `shown`, cut at 60 letters, and a checksum of all."""
+    named = re.sub(r"[^A-Za-z0-9.-]+", "_", "_".join(f"{name}-{value}" for name, value in shown.items()))[:60]
+    whole = json.dumps(dict(shown if values is None else values), sort_keys=True, default=str)
+    return f"{named or 'run'}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def read_profile(notebook: str, profile: str) -> dict[str, Any]:
@@ -85,14 +158,18 @@ def literals(source: str) -> dict[str, Any] | None:
         if not isinstance(target, ast.Name):
             return None
         try:
-            found[target.id] = ast.literal_eval(node.value)
+            found[target.id] = ast.literal_eval(_Numbers().visit(node.value))
         except ValueError:
-            # papermill writes nan and inf as float('nan'), float('inf')
-            value = re.fullmatch(r"float\(['\"]([-+\w]+)['\"]\)", ast.unparse(node.value))
-            if value is None:
-                return None
-            found[target.id] = float(value[1])
+            return None
     return found
+
+
+class _Numbers(ast.NodeTransformer):
+    """Papermill writes nan and inf, wherever they stand, as float('nan') and float('inf'): as constants again."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        value = re.fullmatch(r"float\(['\"]([-+\w]+)['\"]\)", ast.unparse(node))
+        return ast.Constant(float(value[1])) if value else node
 
 
 def is_batch() -> bool:
@@ -157,7 +234,9 @@ def _check(name: str, value: Any, rule: Any, quick: Any = None) -> Any:
 
     if isinstance(rule, list):
         if not isinstance(value, (list, tuple)) or not value:
-            raise wrong("a list with at least one entry")
+            text = value if isinstance(value, str) else repr(value)
+            example = text if text[:1] in "[(" else f"[{text}]"
+            raise wrong("a list with at least one entry" + f" (papermill takes lists by -y '{name}: {example}')")
         samples = quick if isinstance(quick, (list, tuple)) and quick else value
         whole = next((q for q in samples if isinstance(q, float)), samples[0])
         return [_check(f"{name}[{i}]", entry, rule[0], whole) for i, entry in enumerate(value)]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .files import plain, write_atomic
-from .places import PROFILES, project_root, relative
+from .places import PROFILES, RUN, expand, project_root, relative
 
 TIERS = PROFILES
 SCHEMA_NAME = "bilevel-result/1"
@@ -80,27 +80,32 @@ def write_result(
     wall_s: float,
     protocol: Mapping[str, Any] | str | None = None,
     directory: str | Path | None = None,
+    ran: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Record a result as book/results/<name>.json, with its provenance: atomic, checked by RESULT_SCHEMA.
+    """Record a result as <name>.json in `folder`, with its provenance: atomic, checked by RESULT_SCHEMA.
 
     tier      "smoke", "quick", "recorded" or "full"; a result is never replaced by one of a lower tier
     data      JSON-able numbers; tensors and arrays become lists; NaN and infinity are refused
-    P         the resolved parameters (what `parameters` returned)
+    P         the resolved parameters (what `parameters.resolve` returned); where they have a PROFILE, it is the tier
     seeds     every seed used
     cost      cost units (one image through one network forward = 1), or {"units": ..., "calls": ...}
     wall_s    seconds
     protocol  how it was measured: n, reference size, split, batch sizes, ...
-    directory elsewhere than book/results; default the environment variable BILEVEL_RESULTS, which a sweep sets
-    Returns the path. Raises ValueError where the record is not valid.
+    ran       `provenance()` of where it was computed, if that was another machine
+    directory elsewhere than `folder`
+    Returns the path. Raises ValueError where the record is not valid or its tier is not the profile's.
     """
     values = dict(P) if isinstance(P, Mapping) else vars(P)
+    profile = values.get("PROFILE", tier)
+    if profile != tier:
+        raise ValueError(f"result {name!r} was computed with PROFILE {profile!r}: its tier cannot be {tier!r}")
     record = {
         "schema": SCHEMA_NAME,
         "name": name,
         "tier": tier,
         "data": data,
         "protocol": protocol,
-        "provenance": provenance()
+        "provenance": dict(ran or provenance())
         | {
             "parameters": {key: _no_path(value) for key, value in values.items()},
             "seeds": [seeds] if isinstance(seeds, int) else list(seeds),
@@ -113,22 +118,57 @@ def write_result(
     except ValueError as error:
         raise ValueError(f"result {name!r} contains NaN or infinity, which JSON has not: {error}") from error
     _validate(json.loads(text), f"result {name!r}")
-    path = _results(directory) / f"{name}.json"
+    path = (folder() if directory is None else Path(directory)) / f"{name}.json"
     if path.exists():
-        old = read_result(name, directory=directory)["tier"]
+        old = _read(path)["tier"]
         if TIERS.index(old) > TIERS.index(tier):
             raise ValueError(f"{relative(path)} holds a {old} result: a {tier} one must not replace it")
-    return write_atomic(path, text.encode())
+    write_atomic(path, text.encode())
+    if path.parent == RUN.results:
+        print(f"{name}: this run's result is {path}; the book's own stays as it is")
+    return path
+
+
+def folder() -> Path:
+    """Where results of this run go, and the files that belong to them: book/results for a run of a profile as it is.
+
+    The environment variable BILEVEL_RESULTS (a sweep sets it) names another; and a recorded or full run with
+    parameters other than the profile's has a folder of its own in its work_dir, which `parameters.resolve` prints.
+    """
+    given = os.environ.get("BILEVEL_RESULTS")
+    return expand(given, "BILEVEL_RESULTS").absolute() if given else RUN.results or book()
+
+
+def book() -> Path:
+    """The folder of the results that the book shows."""
+    return project_root() / "book" / "results"
+
+
+def find(file: str, directory: str | Path | None = None) -> Path:
+    """Where a file of results is read from, there or not: `directory`, else this run's `folder`, else the book."""
+    if directory is not None:
+        return Path(directory) / file
+    own = folder() / file
+    return own if own.is_file() else book() / file
 
 
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:
-    """The record book/results/<name>.json; FileNotFoundError or ValueError (not JSON, not of the schema)."""
-    path = _results(directory) / f"{name}.json"
-    if not path.is_file() and directory is None and "BILEVEL_RESULTS" in os.environ:  # a sweep reads the book's too
-        path = project_root() / "book" / "results" / path.name
+    """The record <name>.json of `directory`; by default the book's, or this run's own (in `folder`) if it is a full one
+    or the book has none: what the pages say is about the book's. FileNotFoundError, or ValueError (not JSON, not of
+    the schema)."""
+    if directory is not None:
+        return _read(Path(directory) / f"{name}.json")
+    own, shown = (place / f"{name}.json" for place in (folder(), book()))
+    if not own.is_file():
+        return _read(shown)
+    record = _read(own)
+    return record if record["tier"] == "full" or not shown.is_file() else _read(shown)
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.json"))
-        raise FileNotFoundError(f"no result {name!r} in {relative(path.parent)}; there are {there}")
+        raise FileNotFoundError(f"no result {path.stem!r} in {relative(path.parent)}; there are {there}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -189,6 +229,10 @@ def hardware() -> dict[str, Any]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
+    """Commit, and whether the tree was altered: by BILEVEL_COMMIT (40 digits, perhaps "-dirty") for a copy, or git."""
+    given = re.fullmatch(r"([0-9a-f]{40})(-dirty)?", os.environ.get("BILEVEL_COMMIT", ""))
+    if given:
+        return given[1], bool(given[2])
     try:
         root = project_root()
     except FileNotFoundError:
@@ -214,11 +258,6 @@ def _validate(record: Any, where: str) -> None:
     if error is not None:
         place = ".".join(map(str, error.absolute_path)) or "record"
         raise ValueError(f"{where} is not a valid result: {place}: {error.message}")
-
-
-def _results(directory: str | Path | None) -> Path:
-    directory = directory or os.environ.get("BILEVEL_RESULTS")
-    return Path(directory) if directory else project_root() / "book" / "results"
 
 
 def _no_path(value: Any) -> Any:

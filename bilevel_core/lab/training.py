@@ -35,23 +35,30 @@ def checkpointed(
     every  steps between checkpoints; one more is written at the end, and when the caller stops early
     bar    title of a progress bar, None for no bar; the book's build shows none
     A run killed at any moment continues with the identical result: checkpoints are replaced as a whole.
+    Raises RuntimeError where another process is at it (two would undo each other's steps), and ValueError, naming the
+    file, where the checkpoint is damaged or of a run with other parameters.
     """
     from tqdm.auto import tqdm
 
     path = Path(path)
-    if path.exists():
-        state.load(*files.load_state(path))
-    saved = state.step
-    hidden = bar is None or os.environ.get("BILEVEL_STATIC") == "1"
-    progress = tqdm(total=steps, initial=state.step, desc=bar, disable=hidden, mininterval=1)
-    try:
-        for record in loop:
-            if state.step - saved >= every:
+    with files.alone(path):
+        if path.exists():
+            tensors, meta = files.load_state(path)
+            try:
+                state.load(tensors, meta)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise ValueError(f"{path} does not fit this run: {error}; or delete it, to start anew") from error
+        saved = state.step
+        hidden = bar is None or os.environ.get("BILEVEL_STATIC") == "1"
+        progress = tqdm(total=steps, initial=state.step, desc=bar, disable=hidden, mininterval=1)
+        try:
+            for record in loop:
+                if state.step - saved >= every:
+                    files.save_state(path, state.tensors(), state.meta())
+                    saved = state.step
+                progress.update()
+                yield record
+        finally:
+            progress.close()
+            if state.step > saved:
                 files.save_state(path, state.tensors(), state.meta())
-                saved = state.step
-            progress.update()
-            yield record
-    finally:
-        progress.close()
-        if state.step > saved:
-            files.save_state(path, state.tensors(), state.meta())

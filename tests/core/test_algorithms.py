@@ -342,9 +342,12 @@ def test_resume_is_bit_for_bit_with_dropout_and_batch_norm(tmp_path):
     ("x0", "said"),
     [
         ((DATA * 40 + 128).byte(), r"has torch.uint8 values from \d+ to \d+: scale it to about \[-1, 1\], from 0..255"),
-        ((DATA * 40 + 128), r"\(64, 2\) has values from \d+\.?\d* to \d+\.?\d*: scale it to about \[-1, 1\]"),
-        (torch.arange(17.0).expand(20, 17), r"has values from 0 to 16: scale it"),
-        (torch.ones(4, 2, dtype=torch.bool), r"has torch.bool values from True to True"),
+        (
+            (DATA * 40 + 128),
+            r"\(64, 2\) has torch.float32 values from \d+\.?\d* to \d+\.?\d*: scale it to about \[-1, 1\]",
+        ),
+        (torch.arange(17.0).expand(20, 17), r"has torch.float32 values from 0 to 16: scale it"),
+        (torch.ones(4, 2, dtype=torch.bool), r"has torch.bool values from 1 to 1"),
         (torch.tensor([[0.0, math.nan]]), "must be finite"),
         (torch.tensor([[0.0, -math.inf]]), "must be finite"),
         (DATA[:0], "is empty"),
@@ -389,6 +392,14 @@ def test_a_resumed_run_with_other_data_or_another_schedule_is_refused(x0, abar):
     next(algorithms.train_score(state, DATA.clone(), ABAR.clone(), steps=3))
 
 
+def test_a_state_that_has_seen_other_data_compares_them_with_those_of_the_run_it_is_loaded_from():
+    state, other = new_state(), DATA / 2
+    next(algorithms.train_score(state, other, ABAR, steps=1))
+    state.load(*saved())
+    with pytest.raises(ValueError, match="the saved run has other data or schedule"):
+        next(algorithms.train_score(state, other, ABAR, steps=3))
+
+
 def test_a_run_that_goes_on_may_be_given_other_data_and_old_checkpoints_say_nothing_about_them():
     state = new_state()
     next(algorithms.train_score(state, DATA, ABAR, steps=1))
@@ -405,6 +416,8 @@ def test_a_fingerprint_is_of_the_values_not_of_the_memory():
     assert print_[:2] == ["torch.float32", [4, 3, 6, 5]]
     assert print_ == algorithms.fingerprint(x.contiguous(memory_format=torch.channels_last))
     assert print_ == algorithms.fingerprint(torch.cat([x, x])[:4].requires_grad_())
+    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+    assert shifted.storage_offset() == 1 and print_ == algorithms.fingerprint(shifted)
     others = [x.flip(i) for i in range(4)] + [x.transpose(2, 3).reshape(x.shape), x.double(), x.half(), x[:3]]
     assert len({str(algorithms.fingerprint(y)) for y in [x, *others]}) == 1 + len(others)
     assert len({str(algorithms.fingerprint(v)) for v in (x[:, 0, 0, 0], x[:1, :1, 0, 0], x[:2, 0].bfloat16())}) == 3

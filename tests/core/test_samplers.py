@@ -1,5 +1,4 @@
 import itertools
-import warnings
 
 import diffusers
 import numpy
@@ -445,26 +444,3 @@ def test_images_of_integers_are_refused(dtype):
     ):
         with pytest.raises(ValueError, match=rf"{dtype}: make them float.*/ 127.5 - 1"):
             run()
-
-
-def test_a_first_step_that_shows_the_rounding_warns():
-    """The default cosine multiplies x by 2e4 in one step, by 3e3 in the first of ten: too much for half precision."""
-    q = torch.tensor(schedules.DEFAULT_Q["cosine"], dtype=torch.float64)
-    abar, x = schedules.abar(q, 1000), torch.zeros(2, 3)
-    ts = samplers.timesteps(1000, 10)
-    with pytest.warns(
-        UserWarning, match=r"the first step multiplies x by 3.1e\+03, and with it the rounding of torch.float16"
-    ):
-        assert samplers.sample_ddim(denoiser, x.half(), abar, ts).dtype == torch.float16
-    with pytest.warns(
-        UserWarning, match="rounding of torch.bfloat16: sample in a wider dtype, or with a larger abar_T"
-    ):
-        samplers.sample_ancestral(denoiser, x.bfloat16(), abar, ts)
-    dark = torch.cat([abar[:-1], abar.new_tensor([1e-16])])
-    with pytest.warns(UserWarning, match="rounding of torch.float32"):
-        samplers.sample_ddim(denoiser, x, dark, ts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        samplers.sample_ddim(denoiser, x, abar, [1000])
-        samplers.sample_ddim(denoiser, x.double(), dark, ts)
-        samplers.sample_ddim(denoiser, x.half(), schedules.rescale_terminal(abar, 2e-9)[:901], [900, 500])

@@ -660,7 +660,7 @@ def test_resuming_with_other_parameters_is_refused(tmp_path, option, said):
 def test_resuming_with_other_data_or_another_network_is_refused(tmp_path):
     state = new_state()
     next(learn_schedule(state, DATA, steps=1))
-    runs.save_state(tmp_path / "state", state.tensors(), state.meta())
+    files.save_state(tmp_path / "state", state.tensors(), state.meta())
     for x0 in (DATA * 1.0001, DATA.flip(0), DATA[1:], DATA.float()):
         other = new_state()
         loop = learn_schedule(other, x0, steps=3)
@@ -668,12 +668,12 @@ def test_resuming_with_other_data_or_another_network_is_refused(tmp_path):
             ValueError, match=r"the saved run has other data or schedule \(x0: \['torch.float64', \[20000, 1\]"
         ):
             list(training.checkpointed(loop, other, tmp_path / "state", steps=3))
-    assert runs.load_state(tmp_path / "state")[1]["step"] == 1
+    assert files.load_state(tmp_path / "state")[1]["step"] == 1
     same = new_state()
     loop = learn_schedule(same, DATA.clone(), steps=3)
     assert len(list(training.checkpointed(loop, same, tmp_path / "state", steps=3))) == 2
     with pytest.raises(ValueError, match=r"other weights \(a: torch.float64 \(50,\) -> torch.float64 \(60,\)\)"):
-        new_state(net=Linear(torch.zeros(60).double())).load(*runs.load_state(tmp_path / "state"))
+        new_state(net=Linear(torch.zeros(60).double())).load(*files.load_state(tmp_path / "state"))
 
 
 def test_arguments_of_functions_and_tensors_among_them_are_compared():

@@ -144,3 +144,17 @@ def test_t_interval_of_five_seeds():
     for bad in ([1.0], [1.0, math.nan]):
         with pytest.raises(ValueError, match="at least two finite values"):
             metrics.t_interval(bad)
+
+
+def test_a_score_of_nothing_or_of_what_is_not_finite_is_refused():
+    for shape in ((0, 10), (5, 0), (10,)):
+        with pytest.raises(ValueError, match=f"logits have shape .{shape[0]},.*at least one of each"):
+            metrics.classifier_score(torch.zeros(shape))
+    for bad in (math.nan, math.inf, -math.inf):
+        logits = torch.zeros(3, 4)
+        logits[1, 2] = bad
+        with pytest.raises(ValueError, match="NaN or infinity for 1 of 3 samples"):
+            metrics.classifier_score(logits)
+    for level in (0.0, 1.0, 95, math.nan):
+        with pytest.raises(ValueError, match=f"level = {level} must lie within"):
+            metrics.t_interval([1.0, 2.0], level)

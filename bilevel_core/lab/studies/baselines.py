@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,9 @@ from ...algorithms import TiltSamples, learn_lam
 from ...estimators import lam_curve
 from ...seeds import derive_seed
 from ..metrics import Interval, t_interval
+
+if TYPE_CHECKING:
+    import optuna
 
 BOUNDS = (0.01, 100.0)
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -96,6 +99,7 @@ def random_search(
 ) -> Search:
     """The best of `trials` log-uniform draws. With one seed, more trials extend fewer."""
     low, high = _bounds(bounds, trials)
+    _check_seed(seed)
     u = torch.rand(trials, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return _best("random", [_trial(evaluate, low * (high / low) ** v, n, seed) for v in u.tolist()])
 
@@ -112,32 +116,60 @@ def bayesian(
     """Bayesian optimisation of log lam: optuna's Gaussian process with noise, after four random trials.
 
     storage  a journal file in which optuna keeps the trials: a search that was cut off goes on, and processes that
-             share it share one search. It is then no longer deterministic given its seed.
+             share it share one search. It is then no longer deterministic given its seed. `trials` are those in all:
+             of a journal with more, the first count
     The process sees asinh(mean): the same maximum, and rewards that differ by orders of magnitude within the bounds (a
     mixture's mean at lam = 0.01, in units of the standard deviation under p_0) do not flatten its model near it.
+    Raises ValueError where the journal is damaged, or of a search with other bounds, n or seed, naming what differs.
     """
     import optuna
 
     low, high = _bounds(bounds, trials)
+    _check_seed(seed)
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        journal = optuna.storages.journal
-        shared = storage and optuna.storages.JournalStorage(journal.JournalFileBackend(str(storage)))
-        study = optuna.create_study(direction="maximize", storage=shared, study_name=name, load_if_exists=True)
-        study.sampler = optuna.samplers.GPSampler(
-            seed=derive_seed("Bayesian", seed, len(study.trials)), n_startup_trials=4
-        )
+        study = _study(name, storage, {"bounds": [low, high], "n": n, "seed": seed})
         done = optuna.trial.TrialState.COMPLETE
+        of_this_start = derive_seed("Bayesian", seed, len(study.trials))
+        study.sampler = optuna.samplers.GPSampler(seed=of_this_start, n_startup_trials=4)
         while len(study.get_trials(states=(done,))) < trials:
             ask = study.ask()
             trial = _trial(evaluate, ask.suggest_float("lam", low, high, log=True), n, seed)
             ask.set_user_attr("trial", trial)
             study.tell(ask, math.asinh(trial.mean))
-        found = [Trial(*each.user_attrs["trial"]) for each in study.get_trials(states=(done,))]
+        found = [Trial(*each.user_attrs["trial"]) for each in study.get_trials(states=(done,))[:trials]]
     finally:
         optuna.logging.set_verbosity(before)
     return _best(name, found)
+
+
+def _study(name: str, storage: str | Path | None, config: dict[str, object]) -> optuna.Study:
+    """optuna's study of this name: a new one, or the one that the journal `storage` holds, if `config` is its own."""
+    import optuna
+
+    if storage is None:
+        return optuna.create_study(direction="maximize")
+    path = Path(storage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        journal = optuna.storages.journal
+        shared = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
+        study = optuna.create_study(direction="maximize", storage=shared, study_name=name, load_if_exists=True)
+        trials, made = study.trials, study.user_attrs.get("config")
+    except (ValueError, LookupError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a journal of optuna ({error}): delete it, the search then starts anew"
+        ) from error
+    if made is None and not trials:
+        study.set_user_attr("config", config)
+    elif made != config:
+        made = made or {}
+        changed = ", ".join(
+            f"{k} = {made.get(k, 'unknown')}, now {config[k]}" for k in config if made.get(k) != config[k]
+        )
+        raise ValueError(f"{path} is of a search with other settings ({changed}): delete it or use another file")
+    return study
 
 
 def weighted_sum(
@@ -302,6 +334,11 @@ def _bounds(bounds: tuple[float, float], trials: int = 1) -> tuple[float, float]
     if trials < 1:
         raise ValueError(f"trials = {trials} must be at least 1")
     return bounds
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed!r} must be a whole number from 0 to 2**32 - 1")
 
 
 def _curve(samples: TiltSamples, bounds: tuple[float, float]) -> object:

@@ -117,6 +117,7 @@ def guided_on_images(
     n: int,
     seeds: int,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
     low: str = "boldness",
 ) -> list[dict]:
@@ -125,7 +126,7 @@ def guided_on_images(
     mean, sd = scale
     reward = lambda_race.lower_rewards(device)[low]
     steer, rows = rewards.Standardised(reward, mean, sd), []
-    for lam, seed in itertools.product(lams, range(seeds)):
+    for lam, seed in itertools.product(lams, range(first, first + seeds)):
 
         def compute(lam: float = lam, seed: int = seed) -> dict:
             judge = clip.score(clip.load().to(device), prompt)

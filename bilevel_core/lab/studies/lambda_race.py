@@ -219,12 +219,14 @@ def compare(
     draw: Callable[[float, int], TiltSamples] | None = None,
     min_ess: float = estimators.MIN_ESS,
     rounds: int | None = None,
+    first: int = 0,
 ) -> list[dict]:
     """Every method once, on the fold of a seed, all at the cost of that fold: a row each.
 
     trials  of random and Bayesian search and of `adaptive_kl`, which steers to the KL `target`
     draw    (lam, round) -> particles at lam, for Algorithm 2, which then starts from half the fold and spends the other
             half's cost on them. None: it starts from all of the fold and goes no further down than that reaches
+    first   what the rivals draw comes from seed `first` + `seed`
     min_ess, rounds  effective sample size that Algorithm 2 asks for, and how often it may draw
     Rows: method, lam, weight, cost, trials, said, what the lambda is worth on the other folds, "regret" to the best
     lambda there, and "path": [cost so far, lambda, weight] after each trial, of what the method would return by then.
@@ -233,7 +235,7 @@ def compare(
     samples, bounds = fold.samples(), (candidates(rest)[0], 100.0)
     half = fold.folds(2, 0)[0].samples()
     budget = samples.cost
-    guided = 2 * whole.each
+    guided, own = 2 * whole.each, first + seed
 
     def size(count: int) -> int:
         return baselines.plan(budget, guided, count)[1]
@@ -243,13 +245,13 @@ def compare(
             half if draw else samples, start, bounds, draw=draw, min_ess=min_ess, rounds=rounds
         ),
         lambda: baselines.reweighted_curve(samples, bounds),
-        lambda: baselines.reweighted_bayesian(samples, seed, trials, bounds),
-        lambda: baselines.none(rest.draws, max(2, budget // whole.each // 10), seed),
-        lambda: baselines.grid(rest.draws, size(len(baselines.GRID)), seed),
-        lambda: baselines.random_search(rest.draws, size(trials), seed, trials, bounds),
-        lambda: baselines.bayesian(rest.draws, size(trials), seed, trials, bounds),
-        lambda: baselines.adaptive_kl(rest.draws, size(trials), seed, target, start, trials, bounds),
-        lambda: baselines.weighted_sum(rest.draws, size(len(WEIGHTS)), seed, 1.0, WEIGHTS),
+        lambda: baselines.reweighted_bayesian(samples, own, trials, bounds),
+        lambda: baselines.none(rest.draws, max(2, budget // whole.each // 10), own),
+        lambda: baselines.grid(rest.draws, size(len(baselines.GRID)), own),
+        lambda: baselines.random_search(rest.draws, size(trials), own, trials, bounds),
+        lambda: baselines.bayesian(rest.draws, size(trials), own, trials, bounds),
+        lambda: baselines.adaptive_kl(rest.draws, size(trials), own, target, start, trials, bounds),
+        lambda: baselines.weighted_sum(rest.draws, size(len(WEIGHTS)), own, 1.0, WEIGHTS),
     ]
     best = max(rest.worth(lam)["up"] for lam in candidates(rest))
     rows = []
@@ -344,12 +346,14 @@ def race(
     trials: int,
     target: float,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[dict]:
     """`compare` for each seed, Algorithm 2 with `draws` fresh particles wherever its samples do not reach, as often as
     half of its budget allows.
 
-    A piece a seed, in `folder`: a killed race goes on there. Returns its rows with "prompt", "reward" (low) and "seed",
+    A piece a seed, in `folder`: a killed race goes on there; another `first`, of which the seeds of all draws count,
+    and other material want another folder. Returns its rows with "prompt", "reward" (low) and "seed",
     chosen by the first run of particles and marked by the others.
     """
     whole, rows = material.bank(low, 0), []
@@ -359,16 +363,18 @@ def race(
     each = 2 * (2 * chain.steps - 1)  # of a particle: guided steps cost twice a plain one, and the last is plain
     rounds = len(whole.r_up) // seeds // 2 * whole.each // (draws * each)
     config |= {"draws": draws, "rounds": rounds, "trials": trials, "target": target} | _about()
+    config |= {"first": first} if first else {}
     for seed in range(seeds):
 
         def fresh(lam: float, round: int, seed: int = seed) -> TiltSamples:
             options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
-            drawn = particles(chain, prompt, low, lam, draws, derive_seed("round", seed, round), **options)
+            drawn = particles(chain, prompt, low, lam, draws, derive_seed("round", first, seed, round), **options)
             return weighted_back(drawn, low, lam, mean, sd)
 
         def compute(seed: int = seed, fresh: Callable = fresh) -> dict:
             min_ess = min(estimators.MIN_ESS, draws / 2)
             options = {"trials": trials, "target": target, "draw": fresh, "min_ess": min_ess, "rounds": rounds}
+            options["first"] = first
             return {"rows": compare(whole, seeds, seed, **options)}
 
         path = folder / f"race_{prompt.replace(' ', '_')}_{low}_{seed}.json"

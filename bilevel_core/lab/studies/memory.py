@@ -123,23 +123,33 @@ def counted(size: str = "sd15", **options: Any) -> dict[str, float]:
 
 
 def measured(
-    size: str = "sd15", *, device: torch.device | str = "cpu", repeats: int = 1, **options: Any
+    size: str | pipelines.LatentChain = "sd15",
+    *,
+    device: torch.device | str = "cpu",
+    repeats: int = 1,
+    **options: Any,
 ) -> dict[str, float]:
     """As `counted`, but run: "seconds" of a guided and "plain" of an unguided step, and "peak" as the system saw it.
 
-    On CUDA the peak is that of torch's allocator, elsewhere that of the whole process since its start.
+    size  a chain of `pipelines.load` on that device takes the steps itself; of the options it knows rows and reward
+    On CUDA the peak is what torch's allocator held at most during the steps, elsewhere that of the whole process since
+    its start.
     """
-    weights, step = _set_up(size, nullcontext(), device=device, **options)
+    on_gpu = torch.device(device).type == "cuda"
+    mode = torch.device(device) if on_gpu else nullcontext()  # a billion random numbers, where they are drawn fastest
+    weights, step = _set_up(size, mode, device=device, **options)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     timed = {"plain": [], "seconds": []}
     for _ in range(repeats):
         for name, guided in (("plain", False), ("seconds", True)):
+            _wait(device)
             start = time.perf_counter()
             step(guided)
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize()
+            _wait(device)
             timed[name].append(time.perf_counter() - start)
     found = {name: statistics.median(values) for name, values in timed.items()}
-    return _report(weights, 0) | found | {"peak": _peak_bytes(torch.device(device)) / GIB}
+    return _report(weights, 0) | found | {"peak": _peak_bytes(device) / GIB}
 
 
 def survey(
@@ -171,7 +181,7 @@ def survey(
 
 
 def _set_up(
-    size: str,
+    size: str | pipelines.LatentChain,
     mode: AbstractContextManager,
     *,
     side: int = 512,
@@ -182,13 +192,17 @@ def _set_up(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[list[Tensor], Callable]:
-    """The weights of a random model, with a function that takes one guided step of `rows` samples.
+    """The weights of a random model, or a chain's, with a function that takes one guided step of `rows` samples.
 
     reward   name of an open_clip model whose image embedding is the reward, None: the mean pixel
     options  of `pipelines.load`: micro_batch, checkpoint, block_checkpoint, slicing, offload
     """
-    pipe = pipelines.random_pipeline(size, dtype=dtype, mode=mode)
-    chain = pipelines.load(pipe, device=device, dtype=dtype, side=side, scale=scale, **options)
+    if isinstance(size, str):
+        pipe = pipelines.random_pipeline(size, dtype=dtype, mode=mode)
+        chain = pipelines.load(pipe, device=device, dtype=dtype, side=side, scale=scale, **options)
+        owned = [pipe.unet, pipe.vae, pipe.text_encoder]
+    else:
+        chain, scale, owned = size, size.scale, [size.denoiser, size.vae]
     tower, score = None, lambda images: images.mean((1, 2, 3))
     if reward:
         import open_clip
@@ -201,12 +215,11 @@ def _set_up(
             resized = torch.nn.functional.interpolate(images, shape, mode="bicubic", antialias=True)
             return tower(resized).mean(1)
 
-    networks_of = [pipe.unet, pipe.vae, pipe.text_encoder, *([tower] if tower else [])]
-    weights = [weight for network in networks_of for weight in network.parameters()]
+    weights = [weight for network in (*owned, *([tower] if tower else [])) for weight in network.parameters()]
 
     @torch.no_grad()
     def step(guided: bool = True) -> None:
-        text = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim, device=device)
+        text = torch.zeros(1, 77, chain.denoiser.unet.config.cross_attention_dim, device=device)
         denoiser = networks.Prompted(chain.denoiser, text, scale, text)
         x = torch.randn(rows, *chain.shape, device=device)
         guide = chain.guide(denoiser, score, 1.0)
@@ -219,6 +232,14 @@ def _set_up(
 def _report(weights: list[Tensor], peak: int) -> dict[str, float]:
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     return {"weights": size / GIB, "step": peak / GIB, "peak": (size + peak) / GIB}
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was told: an accelerator computes behind the program's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -58,17 +58,20 @@ def mixture_methods() -> dict[str, dict]:
     }
 
 
-def mixture_pooling(centre: float, repeats: int, *, n: int = 400, budget: int = 1000, start: float = 3.0) -> list[dict]:
+def mixture_pooling(
+    centre: float, repeats: int, *, n: int = 400, budget: int = 1000, start: float = 3.0, first: int = 0
+) -> list[dict]:
     """A row for each way to learn lam on `Shifted(centre)`, from n samples of p_0 and rounds of exact draws.
 
+    first   the draws are those of the so-and-so-many-th `repeats`, from 0 on
     budget  samples in all, at most. Two rows use no gradient: "pooled curve" reads the maximum off what the last method
             drew, "curve of p_0" off `budget` samples of p_0
     Rows: "method", and over repeats "error" (root mean square of log lam/lam*), "regret" with its t interval, "gain"
     (regret of "covariance" minus this one's, paired), "cost", and for curves "cover", the share of intervals with lam*.
     """
     one, found = Shifted(centre), {}
-    for repeat in range(repeats):
-        first, seed = one.first(n, derive_seed("mixture, p_0", repeat)), derive_seed("mixture", repeat)
+    for repeat in range(first * repeats, (first + 1) * repeats):
+        given, seed = one.first(n, derive_seed("mixture, p_0", repeat)), derive_seed("mixture", repeat)
         for name, options in mixture_methods().items():
             options = dict(options)
             batch = options.pop("batch")
@@ -77,7 +80,7 @@ def mixture_pooling(centre: float, repeats: int, *, n: int = 400, budget: int = 
                 return one.draw(lam, batch, derive_seed("round", seed, round))
 
             options |= {"draw": draw, "rounds": (budget - n) // batch, "bounds": (0.05, 100.0)}
-            *_, last = algorithms.learn_lam(first, start, **options)
+            *_, last = algorithms.learn_lam(given, start, **options)
             found.setdefault(name, []).append((last.lam, last.cost, None))
         alone = one.first(budget, derive_seed("mixture, p_0", repeat))
         for name, samples, cost in (("pooled curve", last.outer.p_star, last.cost), ("curve of p_0", alone, budget)):
@@ -162,6 +165,7 @@ def validate_pooling(
     count: int,
     runs: int,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
     low: str = "boldness",
 ) -> list[dict]:
@@ -171,12 +175,12 @@ def validate_pooling(
     """
     rows = []
     for prompt in prompts:
-        drawn = lambda_race.draw(chain, prompt, seeds * n, 200, folder=folder / "bank", device=device)
+        drawn = lambda_race.draw(chain, prompt, seeds * n, 200 + first, folder=folder / "bank", device=device)
         mean, sd = rewards.scale(drawn[low])
         options = {"mean": mean, "sd": sd, "folder": folder / "particles", "device": device}
         sharp = {
             (lam, run): lambda_race.particles(
-                chain, prompt, low, lam, count, derive_seed("validation, marks", run), **options
+                chain, prompt, low, lam, count, derive_seed("validation, marks", first, run), **options
             )
             for lam, run in itertools.product(lams, range(runs))
         }
@@ -187,7 +191,7 @@ def validate_pooling(
             for pool, min_ess in ((False, 100.0), *((True, value) for value in MIN_ESS_TRIED)):
                 options = {"pool": pool, "min_ess": min_ess, "folder": folder, "device": device}
                 found = learn_on_images(
-                    chain, prompt, low, samples, (mean, sd), derive_seed("validation", seed), **options
+                    chain, prompt, low, samples, (mean, sd), derive_seed("validation", first, seed), **options
                 )
                 regret = {f"regret {key}": best - marks.worth(found[key])["up"] for key in ("last", "read")}
                 row = {"prompt": prompt, "seed": seed, "pool": pool, "min_ess": min_ess} | regret
@@ -253,20 +257,26 @@ def study(
     guided: Mapping[str, object],
     guided_prompts: Sequence[str],
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, object]:
     """All that chapter 9 records about lambda, in pieces in `folder`: "mixture", "bias", "guided", "validation" and
     "pooling"; with the "cost" of what was drawn on images, in image forwards.
 
+    first                     of the seeds of what is drawn here; "pooling" stays on chapter 5's. Wants its own folder
     bias, validation, guided  options of `guidance_bias`, `validate_pooling` and `guided_on_images`
     materials, before         what chapter 5 recorded: `lambda_race.restore`, and its rows of Algorithm 2 with boldness
     """
     found: dict[str, object] = {"mixture": []}
+    own = {"first": first} if first else {}
+    bias = dict(bias) | own
     for centre in (1.2, 3.0):
-        config = {"centre": centre, "repeats": repeats}
-        rows = piece(
-            folder / f"mixture_{centre:g}.json", config, lambda c=centre: {"rows": mixture_pooling(c, repeats)}
-        )
+        config = {"centre": centre, "repeats": repeats} | own
+
+        def mixture(centre: float = centre) -> dict:
+            return {"rows": mixture_pooling(centre, repeats, **own)}
+
+        rows = piece(folder / f"mixture_{centre:g}.json", config, mixture)
         found["mixture"] += rows["rows"]
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in bias.items()}
     found["bias"] = piece(folder / "bias.json", config, lambda: guidance_bias(**bias))
@@ -274,8 +284,8 @@ def study(
     found["guided"] = []
     for prompt in guided_prompts:
         scale = rewards.scale(materials[prompt].drawn["boldness"])
-        found["guided"] += guided_on_images(chain, prompt, scale=scale, **guided, **shared)
-    found["validation"] = validate_pooling(chain, **validation, **shared)
+        found["guided"] += guided_on_images(chain, prompt, scale=scale, **guided, **shared, **own)
+    found["validation"] = validate_pooling(chain, **validation, **shared, **own)
     found["pooling"] = report_pooling(chain, materials, before, seeds=seeds, min_ess=MIN_ESS, **shared)
     found["cost"] = sum(row["cost"] for key in ("guided", "validation", "pooling") for row in found[key])
     return found

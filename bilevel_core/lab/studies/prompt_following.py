@@ -51,11 +51,13 @@ def prompt_study(
     seeds: int,
     n: int,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable | None = None,
 ) -> list[dict]:
     """`follow` for the shipped chain at each (scale, steps), against the reference features of a split.
 
+    seeds  how many, from `first` on
     n      images for each seed and setting, the 90 complete captions in turn
     folder where pieces live; a killed study goes on there
     Returns a row for each setting and seed: scale, steps, seed, cost, wall_s and what `follow` reports.
@@ -71,7 +73,7 @@ def prompt_study(
         return {"cost": cost} | follow(images, classifier, reference if enough else None)
 
     rows = []
-    for (scale, steps), seed in itertools.product(settings, range(seeds)):
+    for (scale, steps), seed in itertools.product(settings, range(first, first + seeds)):
         config = {"scale": scale, "steps": steps, "seed": seed, "n": n, "split": split, "weights": hashes}
         path = folder / f"prompts_{split}_{scale:g}_{steps}_{seed}.json"
         found = piece(path, config, lambda s=scale, k=steps, i=seed: compute(s, k, i))

@@ -80,19 +80,27 @@ def load_rewards(
 def downloads(model: str, dtype: str, upper: str, lower: str, clip: tuple[str, str]) -> list[dict[str, Any]]:
     """What would be fetched before a study can start: "what" and "gib", counted from the shapes of the networks.
 
-    Nothing for folders and what the hub's cache holds; a model id is taken to have the size of Stable Diffusion 1.5.
+    Nothing for folders and what the hub's cache holds; a model id is taken to have the size of Stable Diffusion 1.5,
+    and NaN is a size that is not known before. Raises ValueError for a CLIP that open_clip does not know.
     """
     from huggingface_hub import try_to_load_from_cache
 
     def clip_gib(name: str) -> float:
         import open_clip
 
+        if name.startswith("hf-hub:"):
+            return math.nan
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"open_clip knows no model {name!r}: see open_clip.list_models()")
+        if "custom_text" in config:  # another class than CLIP
+            return math.nan
         with torch.device("meta"):
-            network = open_clip.model.CLIP(**open_clip.get_model_config(name))
+            network = open_clip.model.CLIP(**config)
         return sum(weight.numel() for weight in network.parameters()) * 4 / memory.GIB
 
     rows = []
-    if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "model_index.json"), str):
+    if not Path(model).expanduser().is_dir() and not isinstance(try_to_load_from_cache(model, "model_index.json"), str):
         size = memory.counted("sd15", side=64, dtype=dtype, reward=None)["weights"]
         rows.append({"what": model, "gib": size})
     if not clip[0].startswith("local-dir:") and not Path(clip[1]).suffix:

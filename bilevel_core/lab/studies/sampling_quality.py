@@ -28,12 +28,14 @@ def sampling_study(
     etas: Sequence[float],
     n: int,
     folder: Path,
+    first: int = 0,
     device: torch.device | str = "cpu",
     force: bool = False,
 ) -> list[dict]:
     """Quality of samples against the schedule's end, the number of DDIM steps and eta; a denoiser per end and seed.
 
     name   one of IMAGES
+    seeds  how many, from `first` on
     ends   values of `end` in the cosine schedule, the other parameters at their defaults
     n      samples for each row; force=True allows too few for a distance (its numbers then mean nothing)
     folder where checkpoints and pieces live; a killed study goes on there
@@ -69,7 +71,7 @@ def sampling_study(
         return {"rows": found, "train_cost": state.cost, "final_loss": loss}
 
     rows = []
-    for seed, end in itertools.product(range(seeds), ends):
+    for seed, end in itertools.product(range(first, first + seeds), ends):
         config = shared | {"seed": seed, "end": end}
         found = piece(folder / f"{name}_{end:g}_{seed}.json", config, lambda s=seed, e=end: compute(s, e))
         about = {key: found[key] for key in ("train_cost", "final_loss", "wall_s")}

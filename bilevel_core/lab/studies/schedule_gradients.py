@@ -266,27 +266,31 @@ def penalty(study: Study, point: str, seed: int, gamma: float, **options: object
 # ---------------------------------------------------------------- the whole
 
 
-def pieces(study: Study, seeds: int, warm_steps: Sequence[int]) -> list[Callable[[], dict]]:
+def pieces(study: Study, seeds: int, warm_steps: Sequence[int], first: int = 0) -> list[Callable[[], dict]]:
     """Every piece of the study as a function without arguments, in the order in which they are best made."""
-    runs = list(itertools.product(range(seeds), POINTS))
-    ablations = itertools.product(range(seeds), ABLATIONS)
+    chosen = range(first, first + seeds)
+    runs = list(itertools.product(chosen, POINTS))
+    ablations = itertools.product(chosen, ABLATIONS)
     return [
         *(partial(truth, study, point, seed) for seed, point in runs),
         *(partial(partial_draws, study, point, seed) for seed, point in runs),
         *(partial(penalty, study, point, seed, gamma) for seed, point in runs for gamma in GAMMAS[point]),
         *(partial(warm_draws, study, point, seed, steps) for seed, point in runs for steps in warm_steps),
         *(partial(penalty, study, "far", seed, ABLATION, **options) for seed, options in ablations),
-        *(partial(truth, study, "far", seed, 0.5) for seed in range(min(seeds, 2))),
+        *(partial(truth, study, "far", seed, 0.5) for seed in chosen[:2]),
     ]
 
 
-def gather(study: Study, seeds: int, warm_steps: Sequence[int], share: tuple[int, int] = (0, 1)) -> list[dict]:
+def gather(
+    study: Study, seeds: int, warm_steps: Sequence[int], share: tuple[int, int] = (0, 1), first: int = 0
+) -> list[dict]:
     """Makes all pieces, or reads them; a killed run goes on where it stopped.
 
+    seeds  how many, from `first` on
     share  (i, n): only every n-th piece from the i-th on, so that n processes can work on one folder
     Returns the pieces, each with the name of its function as "kind".
     """
-    chosen = pieces(study, seeds, warm_steps)[share[0] :: share[1]]
+    chosen = pieces(study, seeds, warm_steps, first)[share[0] :: share[1]]
     return [{"kind": make.func.__name__} | make() for make in chosen]
 
 

@@ -16,7 +16,7 @@ from ...guidance import CostMeter
 from ...samplers import draw_x_T, sample_ddim, timesteps
 from ...seeds import derive_seed
 from .. import data, metrics
-from ..models import networks
+from ..models import graphs, networks
 from ..models.fast import fast
 from ..training import checkpointed
 
@@ -74,8 +74,9 @@ def train_denoiser(
         network.load_state_dict(start)
     state = recipe(network, steps=steps, batch_size=batch_size, seed=seed)
     loop = train_score(state, x0, abar, steps=steps)
-    for _ in checkpointed(loop, state, path, steps=steps, every=200, bar=bar):
-        pass
+    with graphs.training(network, (batch_size, *x0.shape[1:])):
+        for _ in checkpointed(loop, state, path, steps=steps, every=200, bar=bar):
+            pass
     return state
 
 
@@ -168,8 +169,10 @@ class Setting:
         return distances.frechet(distances.moments(self.classifier.features(images.clamp(-1, 1))), self.reference)
 
     def sampler(self, network: nn.Module) -> Callable:
-        """The network as `measure` wants it: on a CPU a faster copy."""
-        return fast(network, self.x0[:1]) if torch.device(self.device).type == "cpu" else network
+        """The network as `measure` wants it: on a CPU a faster copy, on CUDA recorded for the batches of `generate`."""
+        if torch.device(self.device).type == "cpu":
+            return fast(network, self.x0[:1])
+        return graphs.sampling(network, self.x0.new_zeros(500, *self.x0.shape[1:]))
 
     def mark(
         self, sampler: Callable, abar: Tensor, steps: int | list[int], split: str, **options: object

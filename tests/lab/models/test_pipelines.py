@@ -364,17 +364,7 @@ def test_a_measurement_runs_in_a_process_of_its_own(root):
     import subprocess
     import sys
 
-    command = [
-        sys.executable,
-        "-m",
-        "bilevel_core.lab.studies.memory",
-        "--size",
-        "tiny",
-        "--side",
-        "16",
-        "--reward",
-        "",
-    ]
+    command = [sys.executable, "-m", memory.__name__, "--size", "tiny", "--side", "16", "--reward", ""]
     done = subprocess.run([*command, "--device", "cpu"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

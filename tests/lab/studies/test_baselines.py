@@ -126,6 +126,47 @@ def test_algorithm_2_counts_fresh_draws():
     assert sum(t.cost for t in search.trials) == search.cost
 
 
+def test_a_kept_search_is_the_one_that_was_asked_for(tmp_path):
+    """Others are refused by name; `trials` are those in all, whatever the journal holds."""
+    journal = tmp_path / "new" / "journal"
+    long = baselines.bayesian(evaluate, 10, 0, 6, storage=journal)
+    assert len(long.trials) == 6 and long == baselines.bayesian(evaluate, 10, 0, 6)
+    short = baselines.bayesian(evaluate, 10, 0, 3, storage=journal)
+    assert short.trials == long.trials[:3] and short.cost == 3 * 10 * COST
+    longer = baselines.bayesian(evaluate, 10, 0, 7, storage=journal)
+    assert longer.trials[:6] == long.trials and len(longer.trials) == 7
+    for n, seed, bounds, changed in (
+        (10, 0, (50.0, 100.0), r"bounds = \[0.01, 100.0\], now \[50.0, 100.0\]"),
+        (20, 0, baselines.BOUNDS, "n = 10, now 20"),
+        (10, 1, baselines.BOUNDS, "seed = 0, now 1"),
+    ):
+        with pytest.raises(ValueError, match=f"journal is of a search with other settings .{changed}.: delete it"):
+            baselines.bayesian(evaluate, n, seed, 9, bounds, storage=journal)
+    assert baselines.bayesian(evaluate, 10, 0, 7, storage=journal) == longer  # the refused left nothing behind
+    other = baselines.bayesian(evaluate, 10, 1, 2, name="other", storage=journal)  # a search by another name
+    assert len(other.trials) == 2
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    journal = tmp_path / "journal"
+    baselines.bayesian(evaluate, 10, 0, 2, storage=journal)
+    whole = journal.read_bytes()
+    for bad in (b"<html>\n" * 3, whole[:5] + b"\n" + whole, bytes(64) + b"\n" + whole, b"[]\n", b"{}\n"):
+        journal.write_bytes(bad)
+        with pytest.raises(ValueError, match="journal cannot be read as a journal of optuna .*: delete it, the search"):
+            baselines.bayesian(evaluate, 10, 0, 2, storage=journal)
+    with pytest.raises(ValueError, match="cannot be read as a journal"):
+        baselines.bayesian(evaluate, 10, 0, 2, storage=tmp_path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_seeds_out_of_range_are_named(seed):
+    for search in (baselines.random_search, baselines.bayesian):
+        with pytest.raises(ValueError, match=rf"seed = {seed} must be a whole number from 0 to 2\*\*32 - 1"):
+            search(evaluate, 10, seed, 2)
+    assert len(baselines.bayesian(evaluate, 10, 2**32 - 1, 2).trials) == 2
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="lam = -1.0 must be positive"):
         baselines.grid(evaluate, 10, 0, [-1.0])

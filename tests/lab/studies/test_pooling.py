@@ -131,6 +131,16 @@ def test_pooling_has_the_smaller_regret_at_one_budget():
 
 
 @pytest.mark.slow
+def test_another_first_seed_draws_anew(monkeypatch):
+    """The so-and-so-many-th repeats of the mixture; the default is the first."""
+    drawn = []
+    one = pooling.Shifted.first
+    monkeypatch.setattr(pooling.Shifted, "first", lambda self, n, seed: (drawn.append(seed), one(self, n, seed))[1])
+    rows = {first: pooling.mixture_pooling(1.2, 2, first=first) for first in (0, 3)}
+    assert sorted(set(drawn)) == [10_000, 10_001, 10_006, 10_007]
+    assert rows[0] == pooling.mixture_pooling(1.2, 2) != rows[3]
+
+
 def test_guidance_is_biased_and_particles_are_not():
     lams = (0.8, 1.0, 1.2, 1.4, 1.8)
     found = guidance_bias.guidance_bias(lams, T=50, n=1500, seeds=2)

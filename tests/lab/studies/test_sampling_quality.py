@@ -42,9 +42,9 @@ def test_generated_images_depend_on_seed_and_not_on_how_many_follow():
 
 @pytest.mark.slow
 def test_a_small_study_has_all_rows_and_resumes(tmp_path):
-    def study():
+    def study(seeds=2, **first):
         options = {
-            "seeds": 2,
+            "seeds": seeds,
             "ends": [0.98],
             "train_steps": 2,
             "batch_size": 8,
@@ -52,10 +52,12 @@ def test_a_small_study_has_all_rows_and_resumes(tmp_path):
             "grids": [2, 4],
             "etas": [0.0],
         }
-        return sampling_quality.sampling_study("digits8", **options, n=64, folder=tmp_path, force=True)
+        return sampling_quality.sampling_study("digits8", **options, **first, n=64, folder=tmp_path, force=True)
 
     rows = study()
     assert [(row["seed"], row["steps"]) for row in rows] == [(0, 2), (0, 4), (1, 2), (1, 4)]
     assert [row["cost"] for row in rows[:2]] == [64 * 2, 64 * 4] and rows[0]["train_cost"] == 2 * 8 * 3
     assert all(row["frechet"] > 0 for row in rows)
     assert study() == rows
+    assert study(seeds=1, first=1) == rows[2:]  # the seeds from 1 on, of the same pieces
+    assert {row["seed"] for row in study(seeds=2, first=2)} == {2, 3}

@@ -100,6 +100,18 @@ def test_pieces_are_made_once_shared_and_judged(study, monkeypatch):
         study_of.truth(other, POINT, 0)
 
 
+def test_seeds_are_those_from_the_first_on(study):
+    def seeds(*sizes):
+        return [
+            (make.func.__name__, *[a for a in make.args[1:] if not isinstance(a, int) or a > 99])
+            for make in study_of.pieces(study, *sizes)
+        ], [make.args[2] for make in study_of.pieces(study, *sizes)]
+
+    kinds, usual = seeds(3, (100,))
+    same, shifted = seeds(3, (100,), 7)
+    assert kinds == same and set(usual) == {0, 1, 2} and shifted == [seed + 7 for seed in usual]
+
+
 def test_an_unknown_data_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="name = 'cifar' is not one of digits8, mnist8, mnist28"):
         study_of.Study(tmp_path, name="cifar")

@@ -1,0 +1,179 @@
+"""Turns finished pieces into results of the tier "full", with the provenance of where they ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import parameters, results
+from ..studies import schedule_race
+from . import pieces, plan
+
+NEEDED = (*schedule_race.FIXED, "grid", "random", "Bayesian", "Algorithm 6")  # what the report's claims compare
+
+
+def merge(work: Path, source: Path | None = None, directory: str | Path | None = None) -> list[Path]:
+    """Writes what the pieces suffice for and returns the paths; says of the rest what is missing.
+
+    source  a pack to unpack first.  Raises ValueError where there are smoke pieces, or nothing to write.
+    """
+    if source:
+        plan.unpack(source, work)
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((work / "pieces").glob("*.json"))}
+    if not found:
+        raise ValueError(f"no pieces in {work}: run `make gpu` first, or name a pack by --from")
+    smoke = [name for name, piece in found.items() if piece["config"]["smoke"]]
+    if smoke:
+        raise ValueError(
+            f"{', '.join(smoke)} in {work} are smoke pieces, whose numbers mean nothing: they are no result"
+        )
+    wanted = {piece.name: piece for piece in pieces.all_pieces()}
+    for name, piece in found.items():
+        if name not in wanted or piece["config"]["settings"] != plan.identity(wanted[name], False)["settings"]:
+            raise ValueError(
+                f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it"
+            )
+    written = []
+    for write in (_race, _memory, _speed):
+        path = write(found, directory)
+        if path:
+            written.append(path)
+    return written
+
+
+def ran(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The provenance of pieces together: that of the last, altered if any was, with every other commit and machine."""
+    each = sorted((part["provenance"] for part in parts), key=lambda one: one["date"])
+    last = dict(each[-1])
+    commits = sorted({str(one["commit"]) for one in each})
+    cards = sorted({f"{one['hardware']['gpu']}, driver {one['driver']}" for one in each})
+    dirty = [one["dirty"] for one in each]
+    last["dirty"] = True if any(dirty) else None if None in dirty else False
+    return last | {"commits": commits, "cards": cards, "first": each[0]["date"]}
+
+
+def _say(name: str, why: str) -> None:
+    print(f"{name}: not written, {why}")
+
+
+def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """Chapter 7 at 28x28, in the form of its notebook, of the seeds that have every method that is compared."""
+    name = "07_noise_schedule_mnist_full"
+    parts = {key: part for key, part in found.items() if key.startswith("race28-")}
+    rows = [row for part in parts.values() for row in part["result"].get("rows", ())]
+    have: dict[int, set[str]] = {}
+    for row in rows:
+        if row["budget"] == "final":
+            have.setdefault(row["seed"], set()).add(row["method"])
+    seeds = sorted(seed for seed, methods in have.items() if methods >= set(NEEDED))
+    if len(seeds) < 3:
+        missing = {seed: sorted(set(NEEDED) - have.get(seed, set())) for seed in pieces.SEEDS if seed not in seeds}
+        return _say(name, f"three seeds need every method; missing are {missing}")
+    # In the order of chapter 7's own run: a method for which a seed is missing is left out, that pairs stay pairs.
+    kinds = {(row["method"], row["budget"]) for row in rows}
+    whole = {
+        kind for kind in kinds if {row["seed"] for row in rows if (row["method"], row["budget"]) == kind} >= set(seeds)
+    }
+    rows = [row for row in rows if row["seed"] in seeds and (row["method"], row["budget"]) in whole]
+    order = {method: i for i, method in enumerate((*schedule_race.METHODS, "Algorithm 6, own weights"))}
+    rows.sort(key=lambda row: (row["budget"], row["seed"], order[row["method"]], row["split"], row["steps"]))
+    methods = {row["method"] for row in rows}
+    searches = [one for part in parts.values() for one in part["result"].get("searches", ())]
+    searches = [one for one in searches if one["seed"] in seeds and one["method"] in methods]
+    searches.sort(key=lambda one: (order[one["method"]], one["seed"]))
+    used = [part for part in parts.values() if _seeds(part) <= set(seeds)]
+    trained = {(row["method"], row["budget"], row["seed"]): row["train_cost"] for row in rows}
+    cost = sum(trained.values()) + sum(row["cost"] for row in rows) + sum(one["cost"] for one in searches)
+    race = schedule_race.Race(pieces.RACE, Path())
+    protocol = race.protocol() | {"switches": used[0]["provenance"]["switches"]}
+    P = parameters.read_profile("07_noise_schedule_mnist", "full")
+    own = pieces.RACE
+    P |= {"study_seeds": len(seeds), "ablation_seeds": 0, "study_name": own.name, "T": own.T, "trials": own.trials}
+    P |= {"batch_size": own.batch_size, "warm_steps": own.warm_steps, "trial_steps": own.trial_steps}
+    P |= {"val_samples": own.n_val, "val_steps": own.val_steps, "final_steps": own.final_steps}
+    P |= {"study_samples": own.n, "study_grids": list(own.grids)}
+    return results.write_result(
+        name,
+        "full",
+        {"searches": searches, "rows": rows, "ablation": []},
+        P,
+        seeds=seeds,
+        wall_s=sum(part["wall_s"] for part in used),
+        cost=cost,
+        protocol=protocol,
+        ran=ran(used),
+        directory=directory,
+    )
+
+
+def _seeds(part: Mapping[str, Any]) -> set[int]:
+    return {row["seed"] for row in part["result"].get("rows", ())}
+
+
+def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """Chapter 8's table of memory, measured on the GPU at full size, with a capped sample, particles and stages."""
+    name, parts = "08_memory_full", {key: part for key, part in found.items() if key.startswith("sd15-")}
+    recorded = results.read_result("08_memory")["data"]["rows"]
+    counts = [({k: v for k, v in row.items() if k not in ("counted", "measured")}, row["counted"]) for row in recorded]
+    rows = []
+    for found_one in (part["result"] for part in parts.values() if "measured" in part["result"]):
+        options = found_one["options"]
+        counted = next((count for its, count in counts if its == options), None)
+        rows.append(options | {"counted": counted, "measured": found_one["measured"]})
+    if not rows:
+        return _say(name, "no setting of Stable Diffusion is measured")
+    data: dict[str, Any] = {"rows": rows, "device": "cuda"}
+    for key in ("sample", "particles"):
+        if f"sd15-{key}" in parts:
+            data[key] = parts[f"sd15-{key}"]["result"]
+    data["stages"] = [parts[key]["result"] for key in sorted(parts) if key.startswith("sd15-stages")]
+    if "checks" in found:
+        checks = found["checks"]["result"]
+        data["checks"] = {key: checks[key] for key in ("passed", "skipped", "failures")}
+    protocol = {
+        "model": "Stable Diffusion 1.5, random weights; ViT-B/16 reward",
+        "counted": "of 08_memory: bytes alive, one guided step on fake tensors, CPU kernels",
+        "measured": "median of three steps after the first weights; peak is that of torch's allocator",
+        "cap": f"torch may take {pieces.CAP:g} GB in the sample's process",
+    }
+    return results.write_result(
+        name,
+        "full",
+        data,
+        {"prompts": list(pieces.PROMPTS)},
+        seeds=[0],
+        wall_s=sum(part["wall_s"] for part in parts.values()),
+        cost=0,
+        protocol=protocol,
+        ran=ran(list(parts.values())),
+        directory=directory,
+    )
+
+
+def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """Training throughput of the 28x28 network."""
+    name = "throughput_full"
+    if "throughput" not in found:
+        return _say(name, "the piece throughput is missing")
+    part = found["throughput"]
+    data = {key: value for key, value in part["result"].items() if key != "said"}
+    protocol = {
+        "step": "forward, backward, AdamW on random data; ours: train_score with its moving average, batch by batch",
+        "flops": "torch.utils.flop_counter, forward and backward",
+        "roofline": "the larger of FLOP over the rate of a bfloat16 product of 8192 and bytes of all operations over "
+        "the rate of a copy, as a share of the time taken",
+    }
+    return results.write_result(
+        name,
+        "full",
+        data,
+        {"size": data["size"]},
+        seeds=[0],
+        wall_s=part["wall_s"],
+        cost=0,
+        protocol=protocol,
+        ran=ran([part]),
+        directory=directory,
+    )

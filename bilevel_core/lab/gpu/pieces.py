@@ -1,0 +1,449 @@
+"""The pieces of the plan, in the order of their worth. One more is a few lines in `all_pieces`."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ... import schedules
+from ...algorithms import ScoreTraining, train_score
+from ...samplers import draw_x_T, sample_particles
+from .. import places
+from ..models import chains, networks, pipelines, rewards
+from ..studies import memory, rewards_on_any_chain, schedule_race
+from .plan import Context, Piece
+
+PROMPTS = ("A beautiful landscape", "a red fox in the snow")
+CAP = 12.0  # GB that one guided 512x512 sample is to fit
+
+# Chapter 7 at 28x28: a search warms up, tries and trains more than at 8x8, where the digits are easier.
+RACE = schedule_race.Plan(name="mnist28", warm_steps=1000, trial_steps=120, final_steps=4000)
+SMALL_RACE = schedule_race.Plan(
+    name="digits8", T=20, batch_size=16, warm_steps=4, trials=3, trial_steps=2, n_val=70, val_steps=2, final_steps=4,
+    n=70, grids=(2, 4),
+)  # fmt: skip
+SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
+
+
+# ---------------------------------------------------------------- 1. checks
+
+
+def checks(context: Context) -> dict[str, Any]:
+    """The tests of tests/gpu on the device, by pytest in a process of its own: counts, and the text of failures."""
+    folder = places.project_root() / "tests" / "gpu"
+    chosen = ["-k", "cpu and ddim"] if context.smoke else ["-m", "cuda"]
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder), *chosen]
+        command.append(f"--junitxml={report}")
+        done = subprocess.run(command, cwd=places.project_root(), capture_output=True, text=True)
+        if not report.exists():
+            raise RuntimeError(f"pytest made no report: {(done.stdout + done.stderr)[-1500:]}")
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failures = {}
+    for case in cases:
+        bad = next((child for child in case if child.tag in ("failure", "error")), None)
+        if bad is not None:
+            failures[f"{case.get('classname')}.{case.get('name')}"] = (bad.text or bad.get("message") or "")[-3000:]
+    if not cases:
+        raise RuntimeError(f"no test was chosen: {done.stdout[-500:]}")
+    skipped = sum(any(child.tag == "skipped" for child in case) for case in cases)
+    seconds = {case.get("name"): float(case.get("time")) for case in cases}
+    passed = len(cases) - len(failures) - skipped
+    said = f"{passed} passed, {len(failures)} failed, {skipped} skipped"
+    found = {"said": said, "passed": passed, "skipped": skipped, "failures": failures, "seconds": seconds}
+    return found
+
+
+# ---------------------------------------------------------------- 2. Stable Diffusion
+
+
+def _clear(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def setting(context: Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Time and memory of a guided step at one of `memory.SETTINGS`; `merge` sets beside it what chapter 8 counts."""
+    size = "sd15"
+    if context.smoke:
+        size, options = "tiny", options | {"side": 32, "reward": None}
+    _clear(context.device)
+    found = memory.measured(size, device=context.device, repeats=1 if context.smoke else 3, **options)
+    _clear(context.device)
+    said = f"peak {found['peak']:.2f} GiB, guided step {found['seconds']:.3f} s"
+    return {"said": said, "options": options, "measured": found}
+
+
+def _chain(context: Context, steps: int, **options: Any) -> chains.Chain:
+    """Stable Diffusion 1.5 with random weights, on the device; tiny in smoke."""
+    pipelines.quiet()
+    size, side = ("tiny", 32) if context.smoke else ("sd15", 512)
+    dtype = options.pop("dtype", "float32" if context.smoke else "float16")
+    mode = torch.device(context.device) if context.device.type == "cuda" else None
+    pipe = pipelines.random_pipeline(size, dtype=dtype, mode=mode)
+    return pipelines.load(pipe, device=context.device, dtype=dtype, side=side, steps=steps, **options)
+
+
+def capped_sample(folder: str, device: str, smoke: bool) -> None:
+    """Prints what one guided sample takes where torch may use CAP GB and no more; run in a process of its own."""
+    context = Context(Path(folder), torch.device(device), smoke)
+    if context.device.type == "cuda":
+        total = torch.cuda.get_device_properties(context.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 1e9 / total))
+    steps = 3 if smoke else 50
+    chain = _chain(context, steps, micro_batch=1, block_checkpoint=False)
+    reward = rewards.RandomResNet().to(context.device)
+    rows = []
+    for prompt in PROMPTS:
+        for guided in (False, True):
+            _clear(context.device)
+            began = time.perf_counter()
+            wrap = {"wrap": lambda denoiser: chain.guide(denoiser, reward, 0.1)} if guided else {}
+            x, cost = chain.sample(prompt, 1, 0, batch=1, device=context.device, **wrap)
+            with torch.no_grad():
+                image = chain.decode(x)
+            finite, seconds = bool(image.isfinite().all()), time.perf_counter() - began
+            row = {"prompt": prompt, "guided": guided, "seconds": seconds, "cost": cost, "finite": finite}
+            row |= {"shape": list(image.shape), "reward": reward(image).item()}
+            if context.device.type == "cuda":
+                row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            rows.append(row)
+    print(json.dumps({"steps": steps, "cap_gb": CAP, "rows": rows}))
+
+
+def sample(context: Context) -> dict[str, Any]:
+    """One guided 512x512 sample of Stable Diffusion within CAP GB, for each of PROMPTS."""
+    call = f"capped_sample({str(context.folder)!r}, {str(context.device)!r}, {context.smoke})"
+    command = [sys.executable, "-c", f"from bilevel_core.lab.gpu import pieces; pieces.{call}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the sample failed: {done.stderr[-1500:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    guided = [row for row in found["rows"] if row["guided"]]
+    peak = f"peak {max(row.get('peak_gb', math.nan) for row in guided):.1f} GB of {CAP:g}"
+    return {"said": f"{peak}, {guided[-1]['seconds']:.1f} s an image of {found['steps']} steps"} | found
+
+
+def particles(context: Context) -> dict[str, Any]:
+    """Seconds and peak memory of a step of guided particles, for several ways to save memory."""
+    steps, n, rows = (2, 2, []) if context.smoke else (4, 4, [])
+    reward = rewards.RandomResNet().to(context.device)
+    for options in (
+        {"micro_batch": n},
+        {"micro_batch": 1},
+        {"micro_batch": n, "checkpoint": False},
+        {"micro_batch": 1, "block_checkpoint": True},
+    ):
+        chain = _chain(context, steps, **options)
+        denoiser = chain.denoise(PROMPTS[0])
+        guide = chain.guide(denoiser, reward, 0.1)
+        for timed in (False, True):
+            _clear(context.device)
+            g = torch.Generator(context.device).manual_seed(0)
+            x = draw_x_T((n, *chain.shape), chain.abar, generator=g, device=context.device)
+            began = time.perf_counter()
+            with torch.no_grad():
+                x, log_w, info = sample_particles(guide, x, chain.abar, chain.ts, eta=1.0, generator=g)
+            finite = bool(x.isfinite().all() and log_w.isfinite().all())
+            if timed:
+                row = {"particles": n} | options | {"seconds": (time.perf_counter() - began) / steps}
+                row |= {"finite": finite, "ess": info["ess"]}
+                if context.device.type == "cuda":
+                    row["peak"] = torch.cuda.max_memory_allocated() / memory.GIB
+                rows.append(row)
+        del chain, denoiser, guide, x
+    return {"said": f"{rows[0]['seconds']:.2f} s a step of {n} particles", "steps": steps, "rows": rows}
+
+
+def stages(context: Context, prompt: str) -> dict[str, Any]:
+    """The five stages of chapter 8 for a prompt, at 512x512: random weights, so its rewards mean nothing."""
+    n, batch, steps = (20, 4, 2) if context.smoke else (20, 4, 10)
+    chain = _chain(context, steps, micro_batch=batch)
+    folder = context.folder / "sd15"
+    tower = pipelines.random_clip(folder / "clip")
+    of_prompt, features = rewards_on_any_chain.load_rewards(
+        "clip", "random", clip=(f"local-dir:{tower}", "openai"), device=context.device
+    )
+    study = rewards_on_any_chain.Study(
+        chain,
+        of_prompt,
+        folder / "stages",
+        {"model": "random weights", "smoke": context.smoke},
+        features,
+        n=n,
+        batch=batch,
+        shown=batch,
+        trials=2,
+        methods=("none", "Algorithm 2", "random"),
+        device=context.device,
+    )
+    began, seconds = time.perf_counter(), {}
+    for name in ("samples", "learn", "rivals", "marks"):
+        at = time.perf_counter()
+        found = getattr(study, name)(prompt)
+        seconds[name] = time.perf_counter() - at
+    learned = study.learn(prompt)
+    for path in sorted(study.folder.rglob("*.safetensors")):
+        path.unlink()  # images of noise
+    said = f"all stages in {time.perf_counter() - began:.1f} s: {learned['said']}"
+    return {"said": said, "prompt": prompt, "n": n, "steps": steps, "rows": found, "lam": learned["lam"]} | {
+        "seconds": seconds
+    }
+
+
+# ---------------------------------------------------------------- 3. throughput
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, each tensor whole: what a device without caches must move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if not getattr(function, "is_view", False):
+            found = [x for x in tree_iter((args, kwargs, output)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in found)
+        return output
+
+
+def _seconds(run: Callable[[], None], device: torch.device, least: float) -> float:
+    """Seconds of a call, of as many as fill `least` seconds, after three that do not count."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        run()
+    wait()
+    count, began = 0, time.perf_counter()
+    while True:
+        for _ in range(10):
+            run()
+        wait()
+        count += 10
+        if time.perf_counter() - began > least:
+            return (time.perf_counter() - began) / count
+
+
+def _trainer(
+    size: str, batch: int, device: torch.device, *, half: bool = False, last: bool = False, graph: bool = False
+) -> Callable[[], None]:
+    """A bare training step: forward, backward, AdamW; in bfloat16 (`half`), channels last (`last`), as a CUDA graph."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    network = networks.Denoiser(size).to(device).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, capturable=graph)
+    side = networks.SIZES[size]["side"]
+    x, eps = (torch.randn(batch, 1, side, side, device=device).to(memory_format=layout) for _ in range(2))
+    t = torch.randint(1, 1001, (batch,), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            output = network(x, t)
+        (output.float() - eps).square().mean().backward()
+        optimizer.step()
+
+    if not graph:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        step()
+    return recorded.replay
+
+
+def _in_full(strict: bool) -> None:
+    """float32 as it is (strict), or products and convolutions in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not strict
+
+
+def _rates(device: torch.device, least: float) -> tuple[float, float]:
+    """FLOP/s of a bfloat16 product of 8192x8192 matrices, and bytes/s, read and written, of a copy of a GiB."""
+    edge, length = (8192, 2**28) if device.type == "cuda" else (64, 2**12)
+    a, b = (torch.randn(edge, edge, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(length, device=device)
+    target = torch.empty_like(source)
+    product = 2 * edge**3 / _seconds(lambda: a @ b, device, least)
+    return product, 8 * length / _seconds(lambda: target.copy_(source), device, least)
+
+
+def throughput(context: Context) -> dict[str, Any]:
+    """Training steps of the 28x28 network: images and FLOP a second, beside what the card can do.
+
+    "rows": a row each, with "share" of the rate of a large product, and "roofline": how much of the time is due where
+    every operation moves its tensors and computes at the card's best; "ours" is `train_score` as it is.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device, gpu = context.device, context.device.type == "cuda"
+    size, batches = ("mnist28", (128, 512, 1024, 4096)) if not context.smoke else ("tiny", (4,))
+    side, least, rows, failed = networks.SIZES[size]["side"], 0.5 if gpu else 0.01, [], {}
+    product, bandwidth = _rates(device, least)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    variants: dict[str, dict[str, Any]] = {"float32": {"strict": True}, "tf32": {}, "bfloat16": {"half": True}}
+    variants["bfloat16, channels last"] = {"half": True, "last": True}
+    if gpu:
+        variants["tf32, CUDA graph"] = {"graph": True}
+        variants["bfloat16, channels last, CUDA graph"] = {"half": True, "last": True, "graph": True}
+    try:
+        for batch in batches:
+            with FlopCounterMode(display=False) as counter, Traffic() as moved:
+                _trainer(size, batch, device)()
+            flops = counter.get_total_flops()
+            due = max(flops / product, moved.bytes / bandwidth)
+
+            def add(name: str, seconds: float, batch: int = batch, flops: int = flops, due: float = due) -> None:
+                row = {"variant": name, "batch": batch, "seconds": seconds, "images_per_s": batch / seconds}
+                row |= {"flop_per_s": flops / seconds, "share": flops / seconds / product, "roofline": due / seconds}
+                rows.append(row | {"flops": flops})
+
+            for name, options in variants.items():
+                _in_full(options.get("strict", False))
+                options = {key: value for key, value in options.items() if key != "strict"}
+                try:
+                    add(name, _seconds(_trainer(size, batch, device, **options), device, least))
+                except RuntimeError as error:  # a variant that this torch or card does not have
+                    failed[f"{name}, {batch}"] = " ".join(str(error).split())[:300]
+            _in_full(True)
+            x0 = torch.randn(4 * batch, 1, side, side, device=device)
+            abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 1000).to(device)
+            training = ScoreTraining(networks.Denoiser(size).to(device), batch_size=batch)
+            loop = train_score(training, x0, abar, steps=10**9)
+            add("ours, float32", _seconds(lambda loop=loop: next(loop), device, least))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        _clear(device)
+    best = max(rows, key=lambda row: row["images_per_s"])
+    weights = sum(w.numel() for w in networks.Denoiser(size).parameters())
+    ours = next(row for row in rows if row["variant"].startswith("ours"))
+    said = f"{product / 1e12:.0f} TFLOP/s at best; ours {ours['images_per_s']:,.0f} images/s at {ours['batch']}, "
+    said += f"most {best['images_per_s']:,.0f} ({best['variant']}, {best['batch']})"
+    found = {"said": said, "size": size, "weights": weights, "product_flop_per_s": product, "failed": failed}
+    return found | {"bandwidth_bytes_per_s": bandwidth, "rows": rows}
+
+
+# ---------------------------------------------------------------- 4. the race
+
+
+def race(context: Context) -> schedule_race.Race:
+    plan = SMALL_RACE if context.smoke else RACE
+    return schedule_race.Race(plan, context.folder / "race28", context.device, force=context.smoke)
+
+
+def warm(context: Context, seed: int) -> dict[str, Any]:
+    """The denoiser that all searches of a repetition start from."""
+    race(context).warm(schedule_race.search_seed(seed))
+    return {}
+
+
+def contest(context: Context, method: str, seed: int, **options: bool) -> dict[str, Any]:
+    """A method's schedule, and the denoiser trained at it, marked: as `Race.run` lists them."""
+    own = race(context)
+    chosen = {key: value for key, value in own.choose(method, seed).items() if key != "config"}
+    rows = own.final(method, seed, **options)
+    name = schedule_race._slug("final", method, seed, *(key * value for key, value in sorted(options.items())))
+    (own.folder / f"{name}.safetensors").unlink(missing_ok=True)  # its checkpoint
+    searches = (
+        [] if method in schedule_race.FIXED or any(options.values()) else [{"method": method, "seed": seed} | chosen]
+    )
+    distances = [f"{row['frechet']:.2f} at {row['steps']}" for row in rows if row["split"] == "test"]
+    return {"said": "Fréchet " + ", ".join(distances), "searches": searches, "rows": rows}
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def all_pieces(smoke: bool = False) -> list[Piece]:
+    """The plan, the most worth first."""
+    plan = asdict(SMALL_RACE if smoke else RACE)
+    found = [
+        Piece("checks", checks, 1.0, alone=True),
+        Piece("throughput", throughput, 1.2, gib=8, alone=True),
+        Piece("sd15-sample", sample, 1.5, gib=13, alone=True),
+    ]
+    for options, _ in memory.SETTINGS:
+        if options["side"] >= 512:
+            name = "sd15-" + "-".join(
+                str(value if type(value) is not bool else f"{key}_{value}") for key, value in options.items()
+            )
+            gib = (
+                24 if options["dtype"] == "float32" or options["side"] > 512 or options.get("micro_batch") == 4 else 12
+            )
+            found.append(
+                Piece(name, partial(setting, options=dict(options)), 0.6, gib=gib, alone=True, settings=options)
+            )
+    found.append(Piece("sd15-particles", particles, 0.8, gib=24, alone=True))
+
+    needs = () if smoke else ("mnist",)
+
+    def repetition(seed: int) -> Piece:
+        return Piece(f"race28-warm-{seed}", partial(warm, seed=seed), 0.8, gib=3, needs=needs, settings=plan)
+
+    def entry(method: str, seed: int, **options: bool) -> Piece:
+        name = "-".join(["race28", schedule_race._slug(method), str(seed), *options])
+        before = () if method in schedule_race.FIXED else (f"race28-warm-{seed}",)
+        if options.get("own"):
+            before = (f"race28-{schedule_race._slug(method)}-{seed}",)
+        run = partial(contest, method=method, seed=seed, **options)
+        minutes = 2.5 if method == "Algorithm 6" else 2.0 if options.get("total") else 1.6
+        return Piece(name, run, minutes, gib=3, needs=needs, after=before, settings=plan)
+
+    def seeds_of(methods: Sequence[str], seeds: Sequence[int], **options: bool) -> list[Piece]:
+        return [entry(method, seed, **options) for seed in seeds for method in methods]
+
+    searches = ("Bayesian", "random", "grid")
+    found += [repetition(seed) for seed in SEEDS]
+    found += seeds_of(("Algorithm 6", *schedule_race.FIXED), SEEDS) + seeds_of(searches, SEEDS)
+    found += [
+        Piece(f"sd15-stages-{i}", partial(stages, prompt=p), 1.5, gib=24, alone=True) for i, p in enumerate(PROMPTS)
+    ]
+    found += seeds_of(("zeroth order",), SEEDS) + seeds_of(tuple(schedule_race.FIXED), SEEDS, total=True)
+    found += seeds_of(("Algorithm 6",), SEEDS, own=True)
+    for seed in MORE_SEEDS:
+        found += [repetition(seed), *seeds_of(("Algorithm 6", *schedule_race.FIXED, *searches), (seed,))]
+    return found
+
+
+def only(found: Sequence[Piece], names: Sequence[str]) -> list[Piece]:
+    """The pieces with these names (* stands for anything) and those that they come after; ValueError for no such."""
+    by_name = {piece.name: piece for piece in found}
+    chosen: set[str] = set()
+    for name in names:
+        matching = fnmatch.filter(by_name, name)
+        if not matching:
+            raise ValueError(f"no piece is called {name!r}; there are {', '.join(by_name)}")
+        chosen.update(matching)
+    while True:
+        more = {name for piece in found if piece.name in chosen for name in piece.after} - chosen
+        if not more:
+            return [piece for piece in found if piece.name in chosen]
+        chosen |= more

@@ -1,0 +1,360 @@
+"""The plan for a GPU: what is started, stopped, kept and merged, by pieces of our own; the whole at smoke size."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel_core.lab import places, results
+from bilevel_core.lab.gpu import __main__ as command
+from bilevel_core.lab.gpu import merge, pieces, plan, wheels
+from bilevel_core.lab.studies import memory, schedule_race
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CARD = {"name": "A card", "driver": "580.1", "total": 16.0, "free": 10.0}
+
+
+class Now:
+    """A worker that runs its pieces at once, in this process: they take as many seconds as they say."""
+
+    clock = 0.0
+
+    def __init__(self, number, arguments, heard, log):
+        self.busy, self.since, self.number, self.heard = None, 0.0, number, heard
+
+    def start(self, piece):
+        self.busy, self.since = piece, Now.clock
+        Now.started.append(piece.name)
+        seconds = piece.settings.get("seconds", 1)
+        if seconds == float("inf"):
+            Now.clock += 1000
+            return
+        Now.clock += seconds
+        try:
+            plan.compute(piece, plan.Context(Now.work, torch.device("cpu"), True), Now.work, {"driver": None})
+            said = {"name": piece.name, "ok": True, "said": "well"}
+        except RuntimeError as error:
+            said = {"name": piece.name, "ok": False, "said": str(error)}
+        self.heard.put((self, said))
+
+    def end(self):
+        self.busy = None
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """Function that runs pieces by workers of the class above, at smoke size or on a card of our own."""
+    Now.clock, Now.started, Now.work = 0.0, [], tmp_path / "work"
+    monkeypatch.setattr(plan, "Worker", Now)
+    waiting = itertools.count()
+    monkeypatch.setattr(plan.time, "monotonic", lambda: Now.clock + 0.001 * next(waiting))
+    monkeypatch.setenv("BILEVEL_COMMIT", COMMIT)
+    said = []
+
+    def run(found, minutes=1.0, **options):
+        options = {"smoke": True, "lanes": 1} | options
+        state = plan.run(found, minutes=minutes, work=Now.work, out=tmp_path / "out", say=said.append, **options)
+        return state, "\n".join(said)
+
+    return run
+
+
+def piece(name, minutes=0.1, **options):
+    return plan.Piece(name, lambda context: {"said": "", "name": name}, minutes, **options)
+
+
+def failing(context):
+    raise RuntimeError("it broke")
+
+
+# ---------------------------------------------------------------- what is started
+
+
+def test_pieces_run_in_order_and_are_kept(at):
+    found = [piece("a"), piece("b", after=("a",)), piece("c")]
+    assert at(found)[0] == {"a": "done", "b": "done", "c": "done"} and Now.started == ["a", "b", "c"]
+    state, text = at(found)
+    assert set(state.values()) == {"kept"} and len(Now.started) == 3 and "3 of them kept" in text
+    kept = json.loads(plan.path_of(Now.work, "a").read_text())
+    assert kept["provenance"]["commit"] == COMMIT and kept["provenance"]["dirty"] is False
+    assert kept["provenance"]["driver"] is None and kept["provenance"]["versions"]["torch"] == str(torch.__version__)
+
+
+def test_what_does_not_fit_is_left_and_smaller_ones_follow(at):
+    found = [piece("first", 0.5, settings={"seconds": 40}), piece("long", 0.5), piece("small", 0.1)]
+    state, text = at(found)
+    assert state["first"] == state["small"] == "done" and state["long"] == "no time: wants 30 s"
+    assert "not started: long" in text
+
+
+def test_the_clock_stops_what_outlasts_its_estimate(at):
+    found = [piece("endless", settings={"seconds": float("inf")}), piece("waits", after=("endless",))]
+    state, text = at(found, minutes=0.5 / 60 * 30)
+    assert state == {"endless": "stopped", "waits": "waits for endless"}
+    assert "stopped by the clock; the next call goes on with it" in text
+    assert not plan.path_of(Now.work, "endless").exists()
+
+
+def test_a_failure_is_said_and_what_comes_after_it_waits(at):
+    found = [plan.Piece("broken", failing, 0.1), piece("after", after=("broken",)), piece("other")]
+    state, text = at(found)
+    assert state == {"broken": "failed", "after": "waits for broken", "other": "done"} and "it broke" in text
+
+
+def test_pieces_that_are_alone_wait_for_the_others(at, monkeypatch):
+    found = [piece("x"), piece("y"), piece("z"), piece("alone", alone=True), piece("late")]
+    none = plan._startable(found, {}, [], 100, 2)
+    assert [p.name for p in none] == ["x", "y"]
+    busy = type("W", (), {"busy": found[0]})()
+    assert plan._startable(found[3:], {}, [busy], 100, 2) == []
+    assert [p.name for p in plan._startable(found[3:], {}, [], 100, 2)] == ["alone"]
+    busy.busy = found[3]
+    assert plan._startable(found[:3], {}, [busy], 100, 2) == []
+
+
+def test_too_little_memory_and_missing_data_are_said(at, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "device", lambda: CARD)
+    monkeypatch.setenv("BILEVEL_DATA", str(tmp_path))
+    found = [piece("large", gib=24.0), piece("digits", needs=("mnist",)), piece("small", gib=2.0)]
+    monkeypatch.setattr(Now, "start", lambda self, piece: self.heard.put((self, {"name": "", "ok": True, "said": ""})))
+    state, text = at(found[:2], smoke=False)
+    assert state["large"] == "left out: needs 24.0 GiB, 10.0 are free; 14.0 are missing"
+    assert state["digits"] == "left out: no mnist at hand; name its folder by --data"
+    assert "A card, driver 580.1, 10 GiB free" in text
+
+
+def test_without_a_gpu_the_remedy_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--work", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "torch sees no NVIDIA GPU" in said and "--smoke" in said and "--dry" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_is_read_from_nvidia_smi(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = "NVIDIA H100 80GB HBM3, 580.159.04, 81559, 81000\n"
+    monkeypatch.setattr(plan.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, line, ""))
+    assert plan.device() == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "driver": "580.159.04",
+        "total": pytest.approx(79.65, abs=0.01),
+        "free": pytest.approx(79.1, abs=0.01),
+    }
+
+
+# ---------------------------------------------------------------- what counts as the same piece
+
+
+@pytest.mark.parametrize("change", ["code", "settings"])
+def test_a_piece_of_another_plan_stops_the_run_and_loses_nothing(at, monkeypatch, change):
+    at([piece("a"), piece("b")])
+    before = {path: path.read_bytes() for path in Now.work.rglob("*") if path.is_file()}
+    found = [piece("a", settings={"n": 2} if change == "settings" else {}), piece("b"), piece("c")]
+    if change == "code":
+        monkeypatch.setattr(plan, "code", lambda: "another")
+    with pytest.raises(ValueError, match=f"a \\(other {change}; made by commit {COMMIT[:12]}\\).*--work.*--keep"):
+        at(found)
+    assert before == {path: path.read_bytes() for path in Now.work.rglob("*") if path.is_file()}
+    if change == "code":
+        assert at(found, keep=True)[0] == {"a": "kept", "b": "kept", "c": "done"}
+    else:
+        with pytest.raises(ValueError, match="other settings"):
+            at(found, keep=True)
+
+
+def test_the_code_is_the_source_of_the_package():
+    root = Path(plan.__file__).resolve().parents[2]
+    assert root.name == "bilevel_core" and len(plan.code()) == 16
+
+
+def test_the_commit_of_a_copy_is_given(monkeypatch):
+    monkeypatch.setenv("BILEVEL_COMMIT", COMMIT + "-dirty")
+    assert results._git_state() == (COMMIT, True)
+    monkeypatch.setenv("BILEVEL_COMMIT", "main")  # no commit: what git says counts
+    assert results._git_state()[0] != "main"
+
+
+# ---------------------------------------------------------------- the pack
+
+
+def test_a_pack_holds_pieces_and_checkpoints_and_another_place_goes_on(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "PACK", 50_000)
+    kept = Now.work / "kept" / "race28"
+    kept.mkdir(parents=True)
+    for i in range(5):
+        (kept / f"final_{i}.safetensors").write_bytes(bytes([i]) * 20_000)
+    (kept / "search.json").write_text("{}")
+    _, text = at([piece("a")])
+    assert "2 checkpoints found no room" in text  # there is room for one in each tar
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} <= {"gpu.json", "gpu-1.tar", "gpu-2.tar", "gpu-3.tar"}
+    assert all(path.stat().st_size <= 50_000 for path in out.iterdir())
+    with tarfile.open(out / "gpu-1.tar") as tar:
+        assert tar.getnames()[0] == "race28/search.json"
+    again = tmp_path / "again"
+    assert plan.unpack(out, again) == 1 + 1 + 3
+    for path in (kept / file.name for file in (again / "kept" / "race28").iterdir()):
+        assert (again / "kept" / "race28" / path.name).read_bytes() == path.read_bytes()
+    assert plan.path_of(again, "a").read_text() == json.dumps(json.loads(plan.path_of(Now.work, "a").read_text()))
+    assert plan.unpack(out, again) == 0
+    with pytest.raises(FileNotFoundError, match="no gpu.json in"):
+        plan.unpack(tmp_path / "nowhere", again)
+
+
+# ---------------------------------------------------------------- the plan itself
+
+
+def test_the_dry_run_prints_the_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--dry", "--work", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "checks" in text and "race28-Algorithm_6-2" in text and "minutes of pieces that run alone" in text
+    assert command.main(["--dry", "--work", str(tmp_path), "--only", "race28-random-0"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == [
+        "race28-warm-0",
+        "race28-random-0",
+    ]
+    assert command.main(["--dry", "--work", str(tmp_path), "--only", "nothing"]) == 2
+    assert "no piece is called 'nothing'" in capsys.readouterr().err
+
+
+def test_pieces_have_names_of_their_own_and_come_after_earlier_ones():
+    found = pieces.all_pieces()
+    names = [p.name for p in found]
+    assert len(set(names)) == len(names)
+    for i, p in enumerate(found):
+        assert set(p.after) <= set(names[:i]) and p.minutes <= 3
+        assert json.loads(json.dumps(p.settings)) == plan.identity(p, False)["settings"]
+    shown = [options for options, _ in memory.SETTINGS if options["side"] >= 512]
+    assert [dict(p.settings) for p in found if p.settings in shown] == shown
+
+
+def test_wheels_are_pinned_where_the_book_is():
+    pins = dict(line.split("==") for line in wheels.pinned())
+    assert set(pins) == set(wheels.NAMES) and {"diffusers", "optuna", "jsonschema"} <= set(pins)
+
+
+# ---------------------------------------------------------------- merge
+
+
+def made(work, seeds=(0, 1, 2), smoke=False, methods=merge.NEEDED, dirty=False):
+    """Pieces of chapter 7 as a GPU would leave them, with numbers of our own."""
+    settings = json.loads(json.dumps(pieces.asdict(pieces.RACE)))
+    own = results.provenance() | {"commit": COMMIT, "dirty": dirty, "driver": "580.1", "switches": {"tf32": True}}
+    own["hardware"] = own["hardware"] | {"gpu": "A card"}
+    for i, (seed, method) in enumerate(itertools.product(seeds, methods)):
+        about = {"method": method, "seed": seed, "budget": "final", "kind": "cosine", "q": [0.0, 1.0, 1.0, 0.008]}
+        about |= {"search_cost": 10, "train_steps": 4000, "train_cost": 100, "loss": 0.1, "wall_s": 2.0}
+        marks = {"cost": 5, "frechet": 1.0 + i, "kid": 0.1, "score": 5.0}
+        rows = [about | {"split": "test", "steps": steps} | marks for steps in (10, 20, 50, 100)]
+        one = {"method": method, "seed": seed, "kind": "cosine", "q": about["q"], "cost": 10, "path": [], "wall_s": 1.0}
+        found = {"searches": [one] * (method not in schedule_race.FIXED), "rows": rows, "said": ""}
+        name = f"race28-{schedule_race._slug(method)}-{seed}"
+        config = {"name": name, "smoke": smoke, "settings": settings, "code": "some"}
+        dated = own | {"date": f"2026-01-0{1 + seed}T00:00:00+00:00"}
+        path = plan.path_of(work, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"config": config, "provenance": dated, "result": found, "wall_s": 3.0}))
+
+
+def test_merge_writes_the_race_as_the_report_reads_it(tmp_path, capsys):
+    from bilevel_core.lab.report import schedule
+
+    made(tmp_path / "work")
+    (path,) = merge.merge(tmp_path / "work", directory=tmp_path / "results")
+    record = results.read_result("07_noise_schedule_mnist_full", tmp_path / "results")
+    assert path.name == "07_noise_schedule_mnist_full.json" and record["tier"] == "full"
+    own = record["provenance"]
+    assert own["commit"] == COMMIT and own["hardware"]["gpu"] == "A card" and own["cards"] == ["A card, driver 580.1"]
+    assert own["seeds"] == [0, 1, 2] and own["date"].startswith("2026-01-03") and own["first"].startswith("2026-01-01")
+    assert own["wall_s"] == 3.0 * 24 and own["parameters"]["final_steps"] == pieces.RACE.final_steps
+    assert own["cost"]["units"] == 24 * 100 + 96 * 5 + 12 * 10
+    schedule_race.check_protocol(record["protocol"])
+    assert record["protocol"]["plan"]["name"] == "mnist28" and record["protocol"]["switches"] == {"tf32": True}
+    assert len(record["data"]["rows"]) == 96 and len(record["data"]["searches"]) == 12
+    assert record["data"]["ablation"] == []
+    gap = schedule.race(record, "random", 10)  # rival minus ours is two in every seed
+    assert gap[0] == pytest.approx(-2.0)
+    assert "08_memory_full: not written" in capsys.readouterr().out
+
+
+def test_merge_wants_three_whole_seeds_and_no_smoke(tmp_path, capsys):
+    made(tmp_path / "two", seeds=(0, 1))
+    made(tmp_path / "two", seeds=(2,), methods=merge.NEEDED[:-1])
+    assert merge.merge(tmp_path / "two", directory=tmp_path / "results") == []
+    assert "missing are {2: ['Algorithm 6']}" in capsys.readouterr().out
+    made(tmp_path / "smoke", smoke=True)
+    with pytest.raises(ValueError, match="are smoke pieces"):
+        merge.merge(tmp_path / "smoke", directory=tmp_path / "results")
+    with pytest.raises(ValueError, match="no pieces in"):
+        merge.merge(tmp_path / "none", directory=tmp_path / "results")
+    made(tmp_path / "other")
+    path = plan.path_of(tmp_path / "other", "race28-cosine-0")
+    found = json.loads(path.read_text())
+    found["config"]["settings"]["final_steps"] = 7
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="race28-cosine-0 in .* is not of this plan's parameters"):
+        merge.merge(tmp_path / "other", directory=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_merge_says_that_a_piece_came_from_an_altered_tree(tmp_path):
+    made(tmp_path, seeds=(0, 1))
+    made(tmp_path, seeds=(2,), dirty=True)
+    merge.merge(tmp_path, directory=tmp_path / "results")
+    record = results.read_result("07_noise_schedule_mnist_full", tmp_path / "results")
+    assert record["provenance"]["dirty"] is True
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def call(work, *options, data="/nonexistent"):
+    environment = os.environ | {"PYTHONPATH": str(places.project_root()), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "bilevel_core.lab.gpu", "--smoke", "--work", str(work), *options]
+    return subprocess.Popen(
+        arguments,
+        env=environment,
+        cwd=places.project_root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_plan_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path):
+    """Every kind of piece at smoke size, with SIGKILL to the run, its workers with it; a second call goes on."""
+    names = ["checks", "throughput", "sd15-*", "race28-*-0", "race28-*-0-*"]
+    first = call(tmp_path / "work", "--minutes", "5", "--only", *names)
+    end = time.time() + 120
+    while not plan.path_of(tmp_path / "work", "race28-Algorithm_6-0").exists() and time.time() < end:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work" / "pieces").glob("*.json")}
+    assert before
+    text = call(tmp_path / "work", "--minutes", "5", "--only", *names).communicate()[0]
+    assert "failed" not in text and f"{len(before)} of them kept" in text, text
+    wanted = pieces.only(pieces.all_pieces(True), names)
+    after = {path.stem: path for path in (tmp_path / "work" / "pieces").glob("*.json")}
+    assert set(after) == {p.name for p in wanted}
+    for name, data in before.items():
+        assert (tmp_path / "work" / "pieces" / name).read_bytes() == data
+    assert not list((tmp_path / "work" / "kept" / "race28").glob("final_*.safetensors"))
+    whole = call(tmp_path / "whole", "--minutes", "5", "--only", "race28-*-0").communicate()[0]
+    assert "failed" not in whole
+    for name in ("race28-Algorithm_6-0", "race28-random-0", "race28-linear-0"):
+        rows = [json.loads(plan.path_of(tmp_path / at, name).read_text())["result"]["rows"] for at in ("work", "whole")]
+        assert [row["frechet"] for row in rows[0]] == [row["frechet"] for row in rows[1]]
+    with pytest.raises(ValueError, match="smoke pieces"):
+        merge.merge(tmp_path / "work", directory=tmp_path / "results")
