@@ -18,6 +18,7 @@ from bilevel_core.algorithms import ScoreTraining, train_score
 from bilevel_core.lab import data
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
+from bilevel_core.seeds import derive_seed
 
 Q = torch.tensor((0.05, 0.9, 1.2, 0.02), dtype=torch.float64)  # inside the admissible set by more than delta
 DELTA, GAMMA, INNER = 0.01, 1000.0, 10  # the released radius; our gamma; the released number of inner steps
@@ -74,7 +75,7 @@ def released_grad(problem: ScheduleProblem, net: Callable, seed: int) -> Tensor:
     upper, _ = estimators.q_grad_two_point(f, Q, seed=seed, delta=DELTA, common=False)
     q = Q.clone().requires_grad_()
     z = schedules.reduce(q, kind)
-    difference = problem.g(z, net, seed + 50) - problem.g(z, net, seed + 51)
+    difference = problem.g(z, net, derive_seed("g", seed, 0)) - problem.g(z, net, derive_seed("g", seed, 1))
     return upper + torch.autograd.grad(difference, q)[0]
 
 

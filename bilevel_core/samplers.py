@@ -10,7 +10,6 @@ itself can take the step: those of `guidance.eps_from_x0` and `eps_from_v` do, a
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
@@ -263,7 +262,7 @@ def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_grid(ts: Iterable[int], abar: Tensor) -> list[int]:
     """The grid as ints of Python. Raises ValueError unless it descends within 1..T and abar (T+1,) falls along it."""
-    grid = [operator.index(t) if hasattr(t, "__index__") else 0 for t in ts]
+    grid = [int(t) if t == int(t) else 0 for t in ts]
     if not grid or grid[0] >= len(abar) or grid[-1] < 1 or any(t <= s for t, s in itertools.pairwise(grid)):
         raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}, in integers")
     levels = abar.detach()[[*grid, 0]]

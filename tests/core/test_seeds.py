@@ -115,10 +115,12 @@ def computed(node: ast.AST) -> bool:
 
 def arithmetic_on_seeds(text: str) -> list[str]:
     """Line and text of each sum, product, ... of a seed, and of each that is handed over as one."""
-    found = {}
-    for node in ast.walk(ast.parse(text)):
+    found, tree = {}, ast.parse(text)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ends = {id(part) for node in calls if ast.unparse(node.func) == "range" for part in node.args}
+    for node in ast.walk(tree):
         parts = []
-        if isinstance(node, ast.BinOp):
+        if isinstance(node, ast.BinOp) and id(node) not in ends:  # consecutive repetitions: range(seed, seed + n)
             parts = [node.left, node.right]
             if any(isinstance(part, ast.JoinedStr) or isinstance(getattr(part, "value", 0), str) for part in parts):
                 continue

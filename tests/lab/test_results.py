@@ -114,7 +114,7 @@ def test_a_run_that_is_not_the_profile_as_it_is_leaves_the_books_results_alone(p
     assert results.read_result("demo", own)["data"] == {"x": 7}
     results.write_result("new", "recorded", {"x": 8}, other, seeds=0, cost=0, wall_s=0)
     assert results.read_result("new")["data"] == {"x": 8}  # the book has none
-    again = run(quick, PROFILE="recorded", steps=8, work_dir=str(project / "w"))
+    again = run(quick, PROFILE="full", steps=8, work_dir=str(project / "w"))
     assert results.folder() != own  # nor does it replace another run's
     results.write_result("demo", "full", {"x": 9}, again, seeds=0, cost=0, wall_s=0)
     assert results.read_result("demo")["data"] == {"x": 9}  # a full run shows what it made

@@ -235,7 +235,7 @@ def compare(
     samples, bounds = fold.samples(), (candidates(rest)[0], 100.0)
     half = fold.folds(2, 0)[0].samples()
     budget = samples.cost
-    guided, own = 2 * whole.each, first + seed
+    guided, own = 2 * whole.each, range(first, first + seeds)[seed]
 
     def size(count: int) -> int:
         return baselines.plan(budget, guided, count)[1]

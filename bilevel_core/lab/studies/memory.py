@@ -135,11 +135,12 @@ def measured(
     On CUDA the peak is what torch's allocator held at most during the steps, elsewhere that of the whole process since
     its start.
     """
-    on_gpu = torch.device(device).type == "cuda"
-    mode = torch.device(device) if on_gpu else nullcontext()  # a billion random numbers, where they are drawn fastest
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    mode = device if on_gpu else nullcontext()  # a billion random numbers, where they are drawn fastest
     weights, step = _set_up(size, mode, device=device, **options)
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     timed = {"plain": [], "seconds": []}
     for _ in range(repeats):
         for name, guided in (("plain", False), ("seconds", True)):
