@@ -262,7 +262,7 @@ def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def check_grid(ts: Iterable[int], abar: Tensor) -> list[int]:
     """The grid as ints of Python. Raises ValueError unless it descends within 1..T and abar (T+1,) falls along it."""
-    grid = [int(t) if t == int(t) else 0 for t in ts]
+    grid = [schedules.integer("a time of the grid", t, 0) for t in ts]
     if not grid or grid[0] >= len(abar) or grid[-1] < 1 or any(t <= s for t, s in itertools.pairwise(grid)):
         raise ValueError(f"the grid {ts} must descend within 1..T = {len(abar) - 1}, in integers")
     levels = abar.detach()[[*grid, 0]]

@@ -416,9 +416,11 @@ def test_integers_of_any_type():
     for grid in (numpy.array(ts), torch.tensor(ts), tuple(ts)):
         assert torch.equal(samplers.sample_ddim(watch, x, abar, grid, grad_steps=2), plain)
     assert set(seen) == {int}
-    for grid in ([80.0, 40.0], torch.tensor([80.0, 40.0]), 80):
-        with pytest.raises(ValueError, match="must descend within 1..T = 100, in integers"):
+    for grid in ([80.0, 40.0], torch.tensor([80.0, 40.0]), [80, -1]):
+        with pytest.raises(ValueError, match="a time of the grid is .*; it must be an integer of at least 0"):
             samplers.sample_ddim(denoiser, x, abar, grid)
+    with pytest.raises(TypeError, match="not iterable"):
+        samplers.sample_ddim(denoiser, x, abar, 80)
     for steps, offset, message in (
         (7, 16, "offset = 16 must be at most 15 for 7 leading"),  # 1 + 15 + 6 * 14 = 100
         (7, -1, "offset is -1; it must be an integer of at least 0"),
