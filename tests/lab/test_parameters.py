@@ -214,7 +214,7 @@ def test_a_notebooks_seed_is_the_first_of_its_studys(path):
     if "study_seeds = " in code:
         assert "seed = 0  # of what is drawn live, and the first of the study's" in code
         assert re.search(r"first\"?[=:] ?P\.seed|run\(seeds|for run in runs", code)
-        assert "seeds=[P.seed + i for i" in code or "seeds=seeds" in code or "seeds=runs" in code
+        assert "seeds=list(range(P.seed," in code or "seeds=seeds" in code or "seeds=runs" in code
     for file in re.findall(r"write\w*\(.*book/results", code) + re.findall(r'store\([^)]*"book/results', code):
         raise AssertionError(f"{file}: a run of its own would replace the book's")
 
