@@ -145,11 +145,12 @@ def book() -> Path:
 
 
 def find(file: str, directory: str | Path | None = None) -> Path:
-    """Where a file of results is read from, there or not: `directory`, else this run's `folder`, else the book."""
+    """Where a file that belongs to a result is read from, there or not: `directory`, else beside the record that
+    `read_result` shows, which is the book's wherever the book has one."""
     if directory is not None:
         return Path(directory) / file
-    own = folder() / file
-    return own if own.is_file() else book() / file
+    shown = book() / file
+    return shown if shown.is_file() else folder() / file
 
 
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_chapter_runs_in_an_empty_folder(colab, tmp_path):
     assert not torch.startswith(str(colab["packages"]))  # the torch that was there is still the one
     assert Path(folder) == (tmp_path / "book" / "notebooks").resolve()
     assert work_dir == "None"
-    assert (colab["packages"] / "bilevel_core" / "lab" / "weights").is_dir()
+    assert (colab["packages"] / "bilevel_core" / "lab" / "models" / "weights").is_dir()
     pins = (tmp_path / "constraints-colab.txt").read_text().split()
     assert [pin.partition("==")[0] for pin in pins][:2] == ["numpy", "torch"]
 

@@ -66,7 +66,10 @@ def test_files_of_results_are_found_where_the_run_left_them(project, tmp_path, m
     assert results.find("a.safetensors") == book  # what the run has not left is the book's
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.safetensors").touch()
-    assert results.find("a.safetensors") == tmp_path / "own" / "a.safetensors"
+    assert results.find("a.safetensors") == tmp_path / "own" / "a.safetensors"  # the book has none
+    book.parent.mkdir(parents=True, exist_ok=True)
+    book.write_bytes(b"b")
+    assert results.find("a.safetensors") == book  # beside the record that pages show
     assert results.find("a.safetensors", tmp_path) == tmp_path / "a.safetensors"
 
 

@@ -197,7 +197,7 @@ class Bank:
     def draws(self, lam: float, n: int, seed: int, weight: float = 0.0) -> baselines.Evaluation:
         """n independent draws of the law at lam, at the price of guided ones (p_0 itself: of plain ones)."""
         law = self.law(lam, weight)
-        generator = torch.Generator().manual_seed(derive_seed("picture", seed))
+        generator = torch.Generator().manual_seed(derive_seed("draws", seed))
         up = law["r_up"].double()[torch.multinomial(law["p"], n, replacement=True, generator=generator)]
         cost = n * self.each * (1 if lam == math.inf else 2)
         return baselines.Evaluation(up.mean().item(), up.std().item() / n**0.5, cost, law["kl"])
@@ -444,7 +444,7 @@ def quality(materials: Mapping[str, Material], rows: Sequence[dict], low: str, *
 
 
 def picture(material: Material, low: str, lam: float, k: int, seed: int = 0) -> Tensor:
-    """k different images (k, 1, 28, 28) uint8 of the law at lam, drawn without replacement by their weights."""
+    """k images (k, 1, 28, 28) uint8 of the law at lam, by their weights, no sample twice; particles can be twins."""
     p = material.bank(low).law(lam)["p"].clamp(min=1e-30)  # where fewer than k have weight, the next best
     return material.images(low)[torch.multinomial(p, k, generator=torch.Generator().manual_seed(seed))]
 

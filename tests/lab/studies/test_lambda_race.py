@@ -300,7 +300,8 @@ def test_what_is_stored_comes_back(study, tmp_path, monkeypatch):
             assert ours.each == theirs.each
     assert set(pictures) == {("a bold two", lam) for lam in lambda_race.SLIDER_LAMS}
     for images in pictures.values():
-        assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8 and len(images.unique(dim=0)) == 3
+        assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
+        assert len(images.unique(dim=0)) >= 2  # resampled particles can be twins
     drawn = materials["a bold two"].drawn["images"]
     assert all((drawn == image).flatten(1).all(1).any() for image in pictures["a bold two", math.inf])
     tensors, meta = files.load_state(path)
