@@ -149,8 +149,8 @@ def find(file: str, directory: str | Path | None = None) -> Path:
     `read_result` shows, which is the book's wherever the book has one."""
     if directory is not None:
         return Path(directory) / file
-    shown = book() / file
-    return shown if shown.is_file() else folder() / file
+    own, shown = folder() / file, book() / file
+    return own if own.is_file() and not shown.is_file() else shown
 
 
 def read_result(name: str, directory: str | Path | None = None) -> dict[str, Any]:
