@@ -46,7 +46,7 @@ pdf: book
 
 test: fast
 	PYTHONPATH="$(CURDIR)/tests/offline" $(BIN)/python book/build.py --profile smoke
-	$(BIN)/python -m pytest -q -m "slow or browser"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=25 -m "slow or browser"
 
 fast: $(READY)
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import torch
 from browser import chromium, served
 
 torch.set_num_threads(1)  # the tensors of the tests are small: more threads only wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # nor may the kernels of tests that share the cores: ten times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "smoke" / "site" / "_build" / "html"
