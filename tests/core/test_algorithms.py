@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel_core import algorithms, estimators, guidance, oracles, schedules
-from bilevel_core.lab import files, training
+from bilevel_core import algorithms, estimators, guidance, schedules
+from bilevel_core.lab import files, oracles, training
 from bilevel_core.seeds import derive_seed
 
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 20)

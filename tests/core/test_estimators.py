@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import optimize
 
-from bilevel_core import estimators, oracles
+from bilevel_core import estimators
+from bilevel_core.lab import oracles
 
 MIXTURE = oracles.Mixture1D()
 PROBLEM = MIXTURE.problem()

@@ -7,7 +7,8 @@ import numpy
 import pytest
 import torch
 
-from bilevel_core import estimators, guidance, oracles, samplers, schedules
+from bilevel_core import estimators, guidance, samplers, schedules
+from bilevel_core.lab import oracles
 
 T = 50
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)

@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from bilevel_core import algorithms, estimators, guidance, oracles, samplers, schedules
+from bilevel_core import algorithms, estimators, guidance, samplers, schedules
+from bilevel_core.lab import oracles
 
 MIXTURE = oracles.Mixture1D()
 PROBLEM = MIXTURE.problem()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bilevel_core import guidance, oracles, samplers, schedules
+from bilevel_core import guidance, samplers, schedules
+from bilevel_core.lab import oracles
 
 T = 20
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)

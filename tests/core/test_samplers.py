@@ -5,7 +5,8 @@ import numpy
 import pytest
 import torch
 
-from bilevel_core import guidance, oracles, samplers, schedules
+from bilevel_core import guidance, samplers, schedules
+from bilevel_core.lab import oracles
 from bilevel_core.lab.models import adapters
 
 T = 100

@@ -151,8 +151,8 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
-def test_core_imports_torch_and_the_standard_library_only(path):
+@pytest.mark.parametrize("path", [*CORE, ROOT / "bilevel_core" / "lab" / "oracles.py"], ids=lambda path: path.stem)
+def test_core_and_oracles_import_torch_and_the_standard_library_only(path):
     names = imported(path)
     roots = {name.partition(".")[0] for name in names}
     assert roots - sys.stdlib_module_names <= {"torch", "bilevel_core"}

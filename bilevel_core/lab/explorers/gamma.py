@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import estimators, oracles, schedules
+from ... import estimators, schedules
+from .. import oracles
 from .controls import Choice, Line, Panel, Slider
 from .engine import Explorer, read_asset
 

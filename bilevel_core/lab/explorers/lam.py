@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import estimators, oracles
+from ... import estimators
+from .. import oracles
 from .controls import Choice, Line, Panel, Slider
 from .engine import Explorer, read_asset
 from .penalty import NODES

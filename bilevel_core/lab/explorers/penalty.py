@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import oracles
+from .. import oracles
 from ..writing import format_number
 from .controls import Line, Panel, Slider
 from .engine import Explorer, read_asset

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import guidance, oracles, samplers, schedules
+from ... import guidance, samplers, schedules
+from .. import oracles
 from .controls import Line, Panel, Slider
 from .engine import Explorer, read_asset
 

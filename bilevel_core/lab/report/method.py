@@ -27,7 +27,7 @@ from .rules import (
 
 
 def _tilt() -> Any:
-    from ...oracles import Mixture1D
+    from ..oracles import Mixture1D
 
     return Mixture1D().problem()
 
@@ -222,9 +222,9 @@ def _algorithm_3(records: Records) -> Finding:
     "01_sampling_mnist8.json",
 )
 def _algorithm_4(records: Records) -> Finding:
-    from ...oracles import Gaussian
     from ...samplers import timesteps
     from ...schedules import DEFAULT_Q, abar
+    from ..oracles import Gaussian
 
     law = Gaussian(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), 0.25, dtype=torch.float64))
     q = torch.tensor(DEFAULT_Q["cosine"], dtype=torch.float64)
@@ -264,9 +264,9 @@ def guided_bias(T: int = 500, lam: float = 0.5) -> dict[str, float]:
     """Relative error of look-ahead guidance on N(0.3, 0.25): of the mean for the reward x, of the standard deviation
     for -(x - 1)^2. The guided chain is affine in x_T, so the images of 0 and 1 tell its law."""
     from ...guidance import LookAhead
-    from ...oracles import Gaussian
     from ...samplers import sample_ddim, timesteps
     from ...schedules import DEFAULT_Q, abar
+    from ..oracles import Gaussian
 
     mean, var = 0.3, 0.25
     law = Gaussian(torch.tensor([mean]).double(), torch.tensor([[var]]).double())

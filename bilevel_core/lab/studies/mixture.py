@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ... import oracles
 from ...algorithms import TiltSamples
+from .. import oracles
 
 
 class Shifted:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from explorer_page import assert_same, curve, document, settle, shown
 
-from bilevel_core import estimators, oracles, schedules
-from bilevel_core.lab import explorers
+from bilevel_core import estimators, schedules
+from bilevel_core.lab import explorers, oracles
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider, engine
 from bilevel_core.lab.explorers import gamma as gamma_side
 from bilevel_core.lab.explorers import lam as lam_side

@@ -8,7 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from bilevel_core import guidance, oracles, samplers, schedules
+from bilevel_core import guidance, samplers, schedules
+from bilevel_core.lab import oracles
 from bilevel_core.lab.models import adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' arithmetic of numpy and torch

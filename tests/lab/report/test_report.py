@@ -13,8 +13,8 @@ import torch
 import yaml
 from docutils.nodes import make_id
 
-from bilevel_core import estimators, guidance, oracles
-from bilevel_core.lab import files, report, results
+from bilevel_core import estimators, guidance
+from bilevel_core.lab import files, oracles, report, results
 from bilevel_core.lab.studies import schedule_gradients
 
 ROOT = Path(__file__).resolve().parents[3]

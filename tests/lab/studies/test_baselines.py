@@ -6,7 +6,8 @@ import optuna
 import pytest
 import torch
 
-from bilevel_core import algorithms, oracles
+from bilevel_core import algorithms
+from bilevel_core.lab import oracles
 from bilevel_core.lab.studies import baselines
 
 MIXTURE = oracles.Mixture1D()

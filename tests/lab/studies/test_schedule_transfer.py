@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel_core import oracles, samplers, schedules
-from bilevel_core.lab import results
+from bilevel_core import samplers, schedules
+from bilevel_core.lab import oracles, results
 from bilevel_core.lab.studies import schedule_transfer
 from bilevel_core.lab.studies.schedule_transfer import GaussianImages, levels, spaced, times_of
 

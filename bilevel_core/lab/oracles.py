@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import schedules
+from .. import schedules
 
 
 def _vector(values: object) -> Tensor:

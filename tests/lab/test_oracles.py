@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import integrate, optimize, stats
 
-from bilevel_core import estimators, oracles, schedules
+from bilevel_core import estimators, schedules
+from bilevel_core.lab import oracles
 
 MIXTURE = oracles.Mixture1D()
 PROBLEM = MIXTURE.problem()
