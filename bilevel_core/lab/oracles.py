@@ -61,11 +61,27 @@ class Tilt:
 
     def penalty(self, lam: Tensor | float, gamma: float) -> Tensor:
         """L_gamma(lam) = -gamma lam (log Z_gamma - log Z), shape (...): the penalised objective, in closed form."""
-        return -gamma * _vector(lam) * (self.logits(lam, gamma).logsumexp(-1) - self.logits(lam).logsumexp(-1))
+        centre, _, _, rise = self._between(lam, gamma)
+        return -centre - gamma * _vector(lam) * rise
 
     def penalty_grad(self, lam: Tensor | float, gamma: float) -> Tensor:
         """dL_gamma/dlam = gamma (KL(p_gamma || p_0) - KL(p_star || p_0)), shape (...): equation (A)."""
-        return gamma * (self.kl(self.p_gamma(lam, gamma)) - self.kl(self.p_gamma(lam)))
+        _, p, ratio, rise = self._between(lam, gamma)
+        own = torch.where(p > float("-inf"), p - self.log_p0, 0.0)
+        return gamma * ((p.exp() * torch.expm1(ratio) * (own + ratio)).sum(-1) - rise)
+
+    def _between(self, lam: Tensor | float, gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E_star[r_up]; log p_star; log p_gamma/p_star; and log E_star exp(d), d = r_up/(gamma lam) less its mean.
+
+        Differences of p_gamma and p_star, taken so that nothing cancels however large gamma is.
+        """
+        p = self.p_gamma(lam)
+        self.logits(lam, gamma)  # refuses a bad gamma
+        centre = self.mean(p, self.r_up)
+        d = (self.r_up - centre[..., None]) / (gamma * _vector(lam)[..., None])
+        near = torch.log1p((p.exp() * torch.expm1(d.clamp(max=1))).sum(-1))
+        rise = torch.where(d.amax(-1) < 1, near, (p + d).logsumexp(-1))
+        return centre, p, d - rise[..., None], rise
 
     def value(self, lam: Tensor | float) -> Tensor:
         """-E_{p_star}[r_up], shape (...): the true upper objective, the limit of L_gamma as gamma grows."""

@@ -54,6 +54,15 @@ def test_gradients_are_derivatives(lam, gamma):
     assert PROBLEM.hypergrad(lam).item() == pytest.approx(slope.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [1e6, 1e12, 1e15])
+def test_penalty_of_a_huge_gamma_is_the_value_itself(gamma):
+    for lam in (0.3, torch.tensor([0.5, 2.0], dtype=torch.float64)):
+        torch.testing.assert_close(PROBLEM.penalty(lam, gamma), PROBLEM.value(lam), rtol=3e3 / gamma + 1e-12, atol=0)
+        torch.testing.assert_close(
+            PROBLEM.penalty_grad(lam, gamma), PROBLEM.hypergrad(lam), rtol=3e3 / gamma + 1e-12, atol=0
+        )
+
+
 def test_penalty_bias_is_variance_over_two_gamma_lam():
     lam, p = 0.8, PROBLEM.p_gamma(0.8)
     variance = PROBLEM.mean(p, PROBLEM.r_up**2) - PROBLEM.mean(p, PROBLEM.r_up) ** 2

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...samplers import x0_source
+from ...schedules import check_abar
 from . import captions, pixels
 
 # ---------------------------------------------------------------- denoisers
@@ -76,7 +77,7 @@ class Denoiser(nn.Module):
             torch.manual_seed(seed)
             self.unet = UNet2DModel(**_unet(**shape), add_attention=False)
         # Not a parameter: the schedule may itself be learned, and set anew (`denoiser.abar = ...`) at every step.
-        self.abar = abar
+        self.abar = abar if abar is None else check_abar(abar)
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         if x.shape[1:] != (1, self.side, self.side):

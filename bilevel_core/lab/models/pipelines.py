@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...guidance import eps_from_v, eps_from_x0
 from ...samplers import x0_source
+from ...schedules import integer
 from .. import files
 from . import networks, rewards
 from .adapters import from_diffusers
@@ -122,6 +123,7 @@ class LatentDenoiser(nn.Module):
         super().__init__()
         if prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction = {prediction!r} is not 'epsilon', 'v_prediction' or 'sample'")
+        rows = rows if rows is None else integer("rows", rows, 1)
         self.unet, self.abar, self.prediction, self.rows = unet, abar, prediction, rows
         self.train(unet.training)
 
@@ -217,6 +219,7 @@ def load(
         raise ValueError(
             f"the model is a {type(pipe).__name__}; this chain knows StableDiffusionPipeline (1.x and 2.x)"
         )
+    micro_batch = micro_batch if micro_batch is None else integer("micro_batch", micro_batch, 1)
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
     abar = from_diffusers(pipe.scheduler, prediction)
     if prediction == "epsilon" and not abar[-1] > 0:
@@ -225,7 +228,7 @@ def load(
             "to False"
         )
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    side = side or pipe.unet.config.sample_size * factor
+    side = pipe.unet.config.sample_size * factor if side is None else integer("side", side, 1)
     least = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if side < least or side % least:
         raise ValueError(f"side = {side} must be a multiple of {least} pixels for this model")
@@ -268,7 +271,10 @@ def _open(model: str | Path, dtype: str) -> StableDiffusionPipeline:
     _need_transformers()
     from diffusers import StableDiffusionPipeline
 
-    here = Path(model).expanduser()
+    try:
+        here = Path(model).expanduser()
+    except RuntimeError as error:
+        raise OSError(f"{model}: there is no home of this user; give the folder's whole path") from error
     remedy = "name a folder written by save_pretrained, or a model id of the Hugging Face hub"
     if here.is_dir():
         if not (here / "model_index.json").is_file():

@@ -262,6 +262,8 @@ def test_what_cannot_be_loaded_says_what_to_do(folder, tmp_path, monkeypatch):
         change(copy)
         return copy
 
+    with pytest.raises(OSError, match="there is no home of this user"):
+        pipelines.load("~nobody-of-this-name/model")
     with pytest.raises(OSError, match="there is no folder .*save_pretrained, or a model id"):
         pipelines.load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
@@ -309,6 +311,8 @@ def test_schedulers_and_options_that_do_not_fit_are_refused(folder):
         ({"dtype": "float8"}, "dtype = 'float8' is not one of float32, float16, bfloat16"),
         ({"side": 18}, "side = 18 must be a multiple of 4"),
         ({"side": 2}, "side = 2 must be"),
+        ({"side": 0}, "side is 0; it must be an integer of at least 1"),
+        ({"micro_batch": 0}, "micro_batch is 0; it must be an integer of at least 1"),
         ({"offload": True, "checkpoint": False}, "offload = True needs checkpoint = True"),
         ({"offload": True}, "device is the CPU"),
         ({"scale": -1.0}, "scale = -1"),
