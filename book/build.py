@@ -20,10 +20,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,43 @@ def execute(name: str, profile: str, out: Path, force: bool) -> Executed:
     return Executed(done, seconds, peak, False)
 
 
+def _end_with_parent(parent: int) -> None:
+    """Lets this process end soon after its parent: one that was killed tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def execute_all(names: list[str], profile: str, out: Path, force: bool, workers: int) -> dict[str, Executed]:
+    """`execute` for each notebook, `workers` at a time, a line for each as it is done; in the order of `names`.
+
+    Raises the first BuildError when those that had begun are done.
+    """
+    done, width = {}, max(map(len, names), default=0)
+
+    def tell(name: str, one: Executed | None) -> None:
+        said = f"{one.seconds:7.1f} s {one.peak:5.2f} GiB{'  (reused)' if one.reused else ''}" if one else "FAILED"
+        print(f"[{len(done) + 1}/{len(names)}] {name:<{width}}  {profile:<5} {said}", flush=True)
+
+    options = {"mp_context": get_context("spawn"), "initializer": _end_with_parent, "initargs": (os.getpid(),)}
+    with ProcessPoolExecutor(workers, **options) as pool:
+        tasks = {pool.submit(execute, name, profile, out, force): name for name in names}
+        for task in as_completed(tasks):
+            try:
+                one = task.result()
+            except Exception:
+                tell(tasks[task], None)
+                pool.shutdown(cancel_futures=True)
+                raise
+            tell(tasks[task], one)
+            done[tasks[task]] = one
+    return {name: done[name] for name in names}
+
+
 def describe(name: str, error: papermill.PapermillExecutionError, partial: Path) -> str:
     """A failed cell for a person: which one, how it begins, what it raised, where to look."""
     lines = error.source.strip().splitlines()
@@ -334,8 +374,8 @@ def write_pages(status: dict[str, Any], names: list[str], address: Address | Non
 # ---------------------------------------------------------------- the commands
 
 
-def build(profile: str, force: bool = False) -> Path:
-    """Build the book at a profile; returns its first page."""
+def build(profile: str, force: bool = False, workers: int = 0) -> Path:
+    """Build the book at a profile; returns its first page. workers: notebooks at a time; 0: two, of full ones one."""
     begin = time.perf_counter()
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     names = chapters(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
@@ -352,16 +392,8 @@ def build(profile: str, force: bool = False) -> Path:
     os.environ.pop("BILEVEL_COLAB", None)
     if profile != "full":  # the small profiles' networks are too small for threads to help
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    executed: dict[str, Executed] = {}
-    width = max(map(len, names), default=0)
-    for number, name in enumerate(names, 1):
-        print(f"[{number}/{len(names)}] {name:<{width}}  {profile:<5} ", end="", flush=True)
-        try:
-            executed[name] = done = execute(name, profile, out / "executed", force)
-        except BuildError:
-            print("FAILED", flush=True)
-            raise
-        print(f"{done.seconds:7.1f} s {done.peak:5.2f} GiB{'  (reused)' if done.reused else ''}", flush=True)
+    workers = workers or (1 if profile == "full" else min(2, os.cpu_count() or 1))
+    executed = execute_all(names, profile, out / "executed", force, workers)
     made = results.provenance()
     status = {
         "profile": profile,
@@ -429,16 +461,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="parameters of the notebooks")
     parser.add_argument("--force", action="store_true", help="execute every notebook again")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="notebooks to execute at a time (default: 2, with profile full 1)"
+    )
     parser.add_argument("--export-colab", metavar="DIR", type=Path, help="only write the notebooks for Colab")
     parser.add_argument("--write-readme", action="store_true", help="only bring README.md up to date")
     options = parser.parse_args(argv)
+    if options.workers < 0:
+        parser.error(f"--workers {options.workers}: it must be at least 1, or 0 for the default")
     try:
         if options.export_colab:
             export_colab(options.export_colab)
         elif options.write_readme:
             write_readme()
         else:
-            build(options.profile, options.force)
+            build(options.profile, options.force, options.workers)
     except BuildError as error:
         print(f"\nbuild failed: {error}", file=sys.stderr)
         return 1

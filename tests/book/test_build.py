@@ -249,6 +249,49 @@ def test_a_kernel_that_dies_is_reported(build, tree):
         build.execute("one", "smoke", tree / "out", force=False)
 
 
+ALL = """
+import sys
+
+sys.path.insert(0, {book!r})
+import build
+
+if __name__ == "__main__":
+    try:
+        done = build.execute_all(["one", "two", "three"], "smoke", build.ROOT / "out", False, 2)
+        print([(name, executed.path.name, executed.reused) for name, executed in done.items()])
+    except build.BuildError as error:
+        print("build failed:", error)
+"""
+
+
+@pytest.mark.slow
+def test_notebooks_are_executed_two_at_a_time_and_told_as_they_are_done(tmp_path):
+    """The first waits for the second; the third fails at first."""
+    book, notebooks = tmp_path / "book", tmp_path / "notebooks"
+    shutil.copytree(ROOT / "book", book, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for folder in (book / "results", tmp_path / "bilevel_core", notebooks / "profiles" / "smoke"):
+        folder.mkdir(parents=True)
+    wait = "import time\nfrom pathlib import Path\n\nwhile not Path('../second').exists():\n    time.sleep(0.1)"
+    for name, code in (("one", wait), ("two", "open('../second', 'w').close()"), ("three", "1 / 0")):
+        nbformat.write(small_notebook(code), notebooks / f"{name}.ipynb")
+        (notebooks / "profiles" / "smoke" / f"{name}.yaml").write_text("PROFILE: smoke\nn: 2\n")
+    (tmp_path / "all.py").write_text(ALL.format(book=str(book)))
+
+    def run() -> list[str]:
+        done = subprocess.run([sys.executable, str(tmp_path / "all.py")], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    lines = run()
+    assert any(line.startswith("[3/3]") and line.endswith("FAILED") for line in lines)
+    assert any(line.startswith("build failed: notebooks/three.ipynb failed in code cell") for line in lines)
+    nbformat.write(small_notebook("print('mended')"), notebooks / "three.ipynb")
+    lines = run()
+    assert [line.split()[0] for line in lines[:3]] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert sum("(reused)" in line for line in lines) == 2
+    assert lines[-1] == str([("one", "one.ipynb", True), ("two", "two.ipynb", True), ("three", "three.ipynb", False)])
+
+
 def test_command_line_says_what_it_does_and_refuses_unknown_profiles(build, capsys):
     with pytest.raises(SystemExit) as caught:
         build.main(["--help"])
@@ -261,7 +304,7 @@ def test_command_line_says_what_it_does_and_refuses_unknown_profiles(build, caps
 
 
 def test_a_failed_build_ends_with_its_reason(build, monkeypatch, capsys):
-    def fail(profile: str, force: bool) -> None:
+    def fail(profile: str, force: bool, workers: int) -> None:
         raise build.BuildError("notebooks/one.ipynb failed")
 
     monkeypatch.setattr(build, "build", fail)
