@@ -307,8 +307,8 @@ def _algorithm_6(records: Records) -> Finding:
 
 
 def against_truth(record: Mapping[str, Any], name: str) -> dict[str, tuple[list[bool], float, float]]:
-    """At each of chapter 6's points: whether an estimator's mean has the sign of the truth's in each coordinate, its
-    cosine and its relative bias."""
+    """At each of chapter 6's points: whether an estimator's mean has the sign of the truth's in each coordinate whose
+    true slope is told from zero by its 95 % interval, its cosine and its relative bias."""
     from ..studies import schedule_gradients
 
     found = {}
@@ -317,7 +317,7 @@ def against_truth(record: Mapping[str, Any], name: str) -> dict[str, tuple[list[
         if name not in judged:
             raise NoData(f"no data: {name} was not run at {point!r}")
         pairs = zip(judged[name]["mean"], judged["truth"]["mean"], strict=True)
-        signs = [ours.mean * true.mean > 0 for ours, true in pairs]
+        signs = [ours.mean * true.mean > 0 for ours, true in pairs if true.lo * true.hi > 0]
         found[point] = signs, judged[name]["cosine"], judged[name]["off"]
     return found
 
