@@ -330,12 +330,8 @@ def angle(abar_t: Tensor) -> Tensor:
 
 INSIDE = (1e-300, 1 - 1e-16)  # where log-SNR is finite
 ANGLE = Scale("angle", angle, lambda level: torch.cos(level).square(), (0.0, math.pi / 2))
-LOG_SNR = Scale(
-    "-log-SNR/4",
-    lambda a: -log_snr(a.double().clamp(*INSIDE)) / 4,
-    lambda level: torch.sigmoid(-4 * level),
-    (-5.0, 5.0),
-)
+# a quarter of minus log-SNR, a usual input of networks
+LOG_NSR = Scale("log_nsr", lambda a: -log_snr(a.double().clamp(*INSIDE)) / 4, lambda v: (-4 * v).sigmoid(), (-5.0, 5.0))
 
 
 def grid_abar(z: Tensor, scale: Scale = ANGLE, ends: tuple[float, float] | None = None) -> Tensor:

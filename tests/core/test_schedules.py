@@ -336,7 +336,7 @@ def test_the_terminal_warning_points_at_the_callers_line():
 
 # ---------------------------------------------------------------- noise levels, and grids of them
 
-SCALES = {"angle": schedules.ANGLE, "log-SNR": schedules.LOG_SNR}
+SCALES = {"angle": schedules.ANGLE, "log-SNR": schedules.LOG_NSR}
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -355,7 +355,7 @@ def test_levels_rise_with_the_noise_and_come_back():
         torch.testing.assert_close(scale.abar(level), abar, rtol=1e-9, atol=0)
     assert schedules.angle(torch.tensor([0.5])).item() == pytest.approx(math.pi / 4, abs=1e-15)
     torch.testing.assert_close(schedules.angle(abar[1:4]), torch.arccos(abar[1:4].sqrt()), rtol=0, atol=1e-15)
-    torch.testing.assert_close(schedules.LOG_SNR.level(abar[1:4]), -schedules.log_snr(abar[1:4]) / 4, rtol=0, atol=0)
+    torch.testing.assert_close(schedules.LOG_NSR.level(abar[1:4]), -schedules.log_snr(abar[1:4]) / 4, rtol=0, atol=0)
     # near abar = 1 arccos has lost half its digits, and the angle none: tan^2 = (1 - abar)/abar
     near = 1 - torch.tensor([1e-6, 1e-12, 1e-15], dtype=torch.float64)
     torch.testing.assert_close(schedules.angle(near).tan().square(), (1 - near) / near, rtol=1e-14, atol=0)
@@ -375,7 +375,7 @@ def test_a_grid_cuts_its_range_in_proportion():
     z = torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     level = schedules.angle(schedules.grid_abar(z)[1:])
     torch.testing.assert_close(level, torch.tensor([0.1, 0.3, 0.6]).double() * math.pi / 2, rtol=1e-3, atol=0)
-    ell = schedules.LOG_SNR.level(schedules.grid_abar(z, schedules.LOG_SNR, (-2.0, 3.0))[1:])
+    ell = schedules.LOG_NSR.level(schedules.grid_abar(z, schedules.LOG_NSR, (-2.0, 3.0))[1:])
     torch.testing.assert_close(ell, -2 + 5 * torch.tensor([0.1, 0.3, 0.6]).double(), rtol=1e-3, atol=0)
     assert schedules.grid_abar(torch.zeros(2))[0] == 1 and schedules.grid_abar(torch.zeros(2)).dtype == torch.float64
     torch.testing.assert_close(schedules.grid_abar(torch.zeros(2)), torch.tensor([1.0, 0.5]).double())  # one step
