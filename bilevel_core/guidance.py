@@ -313,7 +313,7 @@ class LevelDenoiser(nn.Module):
 
     Derivatives in abar, in forward and reverse mode, go through what it is told as well.
 
-    network  callable (x, level, ...), level () or (B,) in x's dtype; more arguments, such as a prompt, are passed on.
+    network  callable (x, level, ...), level (1,) or (B,) in x's dtype; more arguments, such as a prompt, are passed on.
              It gives eps_hat, or what `eps_from_v` and `eps_from_x0` turn into it. If it says what it is `told`, that
              must be the scale
     abar     (T+1,), the schedule that it is trained on, which may be assigned anew; for others there is `on`
@@ -357,4 +357,5 @@ class LevelDenoiser(nn.Module):
                 )
                 remedy = ": train it on more levels, or keep the grid within these (ends = denoiser.seen)"
                 warnings.warn(said + remedy, stacklevel=4)
+        level = level.reshape(-1)  # torch's forward mode makes float64 of a scaled float32 ()
         return self.network(x, level.to(x.device, x.dtype if level.is_floating_point() else level.dtype), *given)

@@ -20,7 +20,7 @@ ENDS = (0.01, 1.56)
 
 
 def network(x, level):
-    return LAW.denoiser(torch.stack([torch.ones_like(level), schedules.ANGLE.abar(level)]))(x, 1)
+    return LAW.denoiser(torch.cat([torch.ones_like(level), schedules.ANGLE.abar(level)]))(x, 1)
 
 
 NET = guidance.LevelDenoiser(network, schedules.grid_abar(torch.zeros(3)), seen=ENDS)
