@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .samplers import check_grid, ddim_coefficients, x0_source
-from .schedules import check_abar, integer, per_sample, read
+from .schedules import ANGLE, Scale, check_abar, integer, per_sample, read
 
 
 def x0_from_eps(x: Tensor, eps_hat: Tensor, abar_t: Tensor | float) -> Tensor:
@@ -294,10 +294,12 @@ class CostMeter:
     def _counted(self, network: Callable, x: Tensor, t: int | Tensor) -> Tensor:
         eps_hat, images = network(x, t), len(x) * self.passes
         self.calls += 1
-        self.cost += images * (1 + _has_tangent(x, t))
+        tangent = torch.autograd.forward_ad.unpack_dual(eps_hat).tangent
+        self.cost += images * (1 + (tangent is not None))
         if eps_hat.requires_grad:
             weights = getattr(self.denoiser, "parameters", tuple)()
-            backward = 2 * any(w.requires_grad for w in weights) + x.requires_grad
+            trained = any(w.requires_grad for w in weights)
+            backward = 2 * trained + (x.requires_grad or not trained)  # if not x, then the level that it is told
 
             def count(_: Tensor) -> None:
                 self.cost += images * backward
@@ -306,6 +308,54 @@ class CostMeter:
         return eps_hat
 
 
-def _has_tangent(*inputs: Tensor | int) -> bool:
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    return any(torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in tensors)
+class LevelDenoiser(nn.Module):
+    """A network that is told the noise level, as a denoiser (x, t) of any schedule: it is told the level of abar_t.
+
+    Derivatives in abar, in forward and reverse mode, go through what it is told as well.
+
+    network  callable (x, level, ...), level (1,) or (B,) in x's dtype; more arguments, such as a prompt, are passed on.
+             It gives eps_hat, or what `eps_from_v` and `eps_from_x0` turn into it. If it says what it is `told`, that
+             must be the scale
+    abar     (T+1,), the schedule that it is trained on, which may be assigned anew; for others there is `on`
+    scale    what it is told: `schedules.ANGLE` or LOG_NSR; or, of a network that is told t, the times of its own
+             schedule (`lab.levels.time_scale`): told when it knew the level, it serves any other schedule
+    seen     lowest and highest level of its training; None: those of abar, whatever it is. Beyond them networks
+             extrapolate badly, and a warning says so (where t is an int, as samplers pass it)
+    Raises ValueError for a bad table, or a network that is told something else.
+    """
+
+    def __init__(
+        self, network: Callable, abar: Tensor, scale: Scale = ANGLE, seen: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        told = getattr(network, "told", scale.name)
+        if told != scale.name:
+            remedy = "; if that is t, pass scale = lab.levels.time_scale(abar) of the schedule that it was trained on"
+            raise ValueError(f"the network is told the {told}, but the scale is the {scale.name}{remedy}")
+        self.network, self.abar, self.scale, self.known = network, check_abar(abar), scale, seen
+        self.passes, self.training = getattr(network, "passes", 1), getattr(network, "training", False)
+        self.register_buffer(
+            f"told_{scale.name}", torch.zeros(())
+        )  # a saved run that was told something else is refused
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        """The lowest and the highest level of its training."""
+        return self.known or tuple(self.scale.level(self.abar.detach()[[1, -1]]).tolist())
+
+    def on(self, abar: Tensor) -> "LevelDenoiser":
+        """The same network, which has seen what it has seen, as a denoiser of another schedule abar (T+1,)."""
+        return LevelDenoiser(self.network, abar, self.scale, self.seen)
+
+    def forward(self, x: Tensor, t: int | Tensor, *given: object) -> Tensor:
+        level = self.scale.level(self.abar.to(x.device)[t] if isinstance(t, Tensor) else self.abar[t])
+        if self.known and not isinstance(t, Tensor):
+            (low, high), value = self.known, read(level, self.known[0])
+            if not low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high):
+                said = (
+                    f"the {self.scale.name} is {value:.5g} at t = {t}, but the network has seen {low:.5g} to {high:.5g}"
+                )
+                remedy = ": train it on more levels, or keep the grid within these (ends = denoiser.seen)"
+                warnings.warn(said + remedy, stacklevel=4)
+        level = level.reshape(-1)  # torch's forward mode makes float64 of a scaled float32 ()
+        return self.network(x, level.to(x.device, x.dtype if level.is_floating_point() else level.dtype), *given)

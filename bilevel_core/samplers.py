@@ -1,4 +1,4 @@
-"""Backward sampling (Algorithm 4): DDIM, ancestral and particles, one function each; differentiable in abar, so in q.
+"""Backward sampling (Algorithm 4): DDIM, ancestral, second order, particles, one function each; differentiable in abar.
 
 A denoiser is any callable eps_hat = denoiser(x, t) with x (B, ...) and t an int in 1..T. Time runs down a grid
 t_1 > t_2 > ... > 0; the caller passes the noise (or a generator), decides about no_grad, and may pass a progress bar
@@ -198,6 +198,29 @@ def sample_ancestral(
         if trajectory:
             path.append(x)
     return path if trajectory else x
+
+
+def sample_dpm(denoiser: Denoiser, x: Tensor, abar: Tensor, ts: list[int], *, checkpoint: bool = False) -> Tensor:
+    """Algorithm 4 with DPM-Solver++(2M), second order and deterministic (Lu et al., arXiv 2211.01095, Algorithm 2).
+
+    A DDIM step whose x0_hat is extrapolated, along log-SNR, from the last step's; the first step and the last, to
+    abar = 1, are plain DDIM (in diffusers: DPMSolverMultistepScheduler, whose last sigma is 0).
+    Arguments, result and errors are those of `sample_ddim`.
+    """
+    abar, pairs, dark = _start(x, abar, ts, None)
+    last = None
+    for t, s in pairs:
+        a_t, a_s = abar[t].clamp(min=1e-300), abar[s]
+        network = x0_source(denoiser) if t == dark else denoiser
+        hat = recompute(network, x, t, use_reentrant=False) if checkpoint else network(x, t)
+        x0 = hat if t == dark else (x - _scalar((1 - a_t).sqrt(), x) * hat) / _scalar(a_t.sqrt(), x)
+        snr, ahead = schedules.log_snr(a_t), x0
+        if last and s:
+            ahead = x0 + _scalar((schedules.log_snr(a_s) - snr) / (2 * (snr - last[1])), x) * (x0 - last[0])
+        last = (x0, snr) if t != dark else None
+        left = ((1 - a_s) / (1 - a_t)).sqrt() if s else torch.zeros_like(a_s)  # sqrt(0) has no derivative
+        x = _scalar(left, x) * x + _scalar(a_s.sqrt() - left * a_t.sqrt(), x) * ahead
+    return x
 
 
 def sample_particles(

@@ -7,6 +7,9 @@
 z are the coordinates of `schedules.reduce`. What is random in f and g comes from a seed alone, so that both networks
 see the same (x_0, t, eps) and the same x_T, in training as well as in the gradient: what is left is what f does. In
 both, networks are in evaluation mode (no dropout, running statistics), in the training steps in training mode.
+
+A network that is told the noise level, and was trained on levels that do not depend on the schedule, needs no second
+network: theta_star does not move, and d_z f alone is the gradient. `learn_grid` takes the levels themselves for z.
 """
 
 import copy
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from . import estimators, schedules
 from .algorithms import Inputs, PenaltyStep, ScoreTraining, in_mode, penalty_descent, plain, refuse_changes, train_score
-from .guidance import CostMeter
+from .guidance import CostMeter, LevelDenoiser
 from .samplers import Denoiser, sample_ddim, timesteps
 from .seeds import derive_seed, seeded
 
@@ -148,9 +151,8 @@ class ScheduleLearning:
         self.best_val, self.done, self.inputs = float("inf"), None, Inputs()
         training = {name: getattr(self, name) for name in ("batch_size", "lr", "warmup", "ema_decay")}
         training["seed"] = derive_seed("training", self.seed)
-        self.star, self.gamma_net = (
-            ScoreTraining(copy.deepcopy(self.denoiser).requires_grad_(True), **training) for _ in range(2)
-        )
+        copies = [copy.deepcopy(self.denoiser).requires_grad_(True) for _ in range(2)]
+        self.star, self.gamma_net = (ScoreTraining(network, **training) for network in copies)
         self._hand_out(self.abar)
 
     @property
@@ -205,7 +207,7 @@ class ScheduleLearning:
         self._hand_out(self.abar)
 
     def _hand_out(self, abar: Tensor) -> None:
-        """Gives the schedule to denoisers that keep one (those that predict x_0), averages included: no copy lags."""
+        """Gives the schedule to denoisers that keep one (told the level, or predicting x_0), averages included."""
         for net in (self.star, self.gamma_net):
             for module in (net.denoiser, net.ema.module):
                 if getattr(module, "abar", None) is not None:
@@ -233,16 +235,9 @@ class ScheduleProblem:
         s, x0 = self.state, self.x0
         draw = {"generator": self._generator("x_T", seed), "device": x0.device, "dtype": x0.dtype}
         x = torch.randn((s.samples, *x0.shape[1:]), **draw)
-        with self._evaluation(seed, net, s.quality):
+        with _evaluation(seed, x0.device, net, s.quality):
             images = sample_ddim(self._meter(net), x, self._abar(z), s.ts, grad_steps=grad_steps)
-            if not torch.isfinite(images).all():
-                raise FloatingPointError(f"the samples at q = {s.q.tolist()} are not finite: lower lr = {s.lr} or rate")
-            value = s.quality(images)
-        if value.shape != ():
-            raise ValueError(f"quality gave shape {tuple(value.shape)}; it must give one number, ()")
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"quality is {value.item()} for {s.samples} samples that are finite")
-        return value.double()
+            return _measured(s.quality, images, f"q = {s.q.tolist()} are not finite: lower lr = {s.lr} or rate")
 
     def g(self, z: Tensor, net: Denoiser, seed: int) -> Tensor:
         """The denoising loss on g_batch images, (), float64, with t stratified over 1..T; differentiable in z.
@@ -255,7 +250,7 @@ class ScheduleProblem:
         t = ((torch.arange(n, device=x0.device) + torch.rand(n, **draw)) * (s.T / n)).long().clamp(max=s.T - 1) + 1
         eps = torch.randn((n, *x0.shape[1:]), **draw, dtype=x0.dtype)
         x_t = schedules.noise(x0[rows], eps, self._abar(z)[t.cpu()])
-        with self._evaluation(seed, net):
+        with _evaluation(seed, x0.device, net):
             return (self._meter(net)(x_t, t) - eps).double().square().mean()
 
     def solve_star(self, z: Tensor, warm: nn.Module | None = None) -> nn.Module:
@@ -283,9 +278,8 @@ class ScheduleProblem:
             z = z.detach().requires_grad_()
             losses = [self.g(z, net, seed) for net in (gamma_net, star)]
             slopes = [torch.autograd.grad(loss, z)[0] for loss in losses]
-            rows.append(
-                [upper, *slopes, *(torch.as_tensor(v, dtype=torch.float64) for v in (info["f"], f_star, *losses))]
-            )
+            values = [torch.as_tensor(v, dtype=torch.float64) for v in (info["f"], f_star, *losses)]
+            rows.append([upper, *slopes, *values])
         upper, d_gamma, d_star, *values = (torch.stack(column).detach() for column in zip(*rows, strict=True))
         f, f_star, g_gamma, g_star = values
         n = s.draws**0.5
@@ -337,10 +331,8 @@ class ScheduleProblem:
             pass
         if all(torch.equal(v, w) for v, w in zip(before, training.denoiser.parameters(), strict=True)):
             which = "theta_star" if extra is None else "theta_gamma"
-            raise RuntimeError(
-                f"no weight of {which} moved in {self.state.inner} training steps: its optimiser holds other tensors "
-                "than the network (was the network replaced by a copy?), or lr is too small"
-            )
+            why = "its optimiser holds other tensors than the network (was it replaced by a copy?), or lr is too small"
+            raise RuntimeError(f"no weight of {which} moved in {self.state.inner} training steps: {why}")
         return training.ema
 
     def _meter(self, net: Denoiser) -> CostMeter:
@@ -350,11 +342,24 @@ class ScheduleProblem:
     def _generator(self, stream: str, seed: int) -> torch.Generator:
         return torch.Generator(self.x0.device).manual_seed(derive_seed(stream, seed))
 
-    @contextmanager
-    def _evaluation(self, seed: int, *networks: object) -> Iterator[None]:
-        """Evaluation mode; and what is drawn all the same from torch's global generators comes from the seed."""
-        with in_mode(False, *networks), seeded(derive_seed("network", seed), self.x0.device):
-            yield
+
+@contextmanager
+def _evaluation(seed: int, device: torch.device, *networks: object) -> Iterator[None]:
+    """Evaluation mode; and what is drawn all the same from torch's global generators comes from the seed."""
+    with in_mode(False, *networks), seeded(derive_seed("network", seed), device):
+        yield
+
+
+def _measured(quality: Callable[[Tensor], Tensor], images: Tensor, otherwise: str) -> Tensor:
+    """quality(images), (), float64. Raises where images or quality are not finite, or it is not one number."""
+    if not torch.isfinite(images).all():
+        raise FloatingPointError(f"the samples at {otherwise}")
+    value = quality(images)
+    if value.shape != ():
+        raise ValueError(f"quality gave shape {tuple(value.shape)}; it must give one number, ()")
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"quality is {value.item()} for {len(images)} samples that are finite")
+    return value.double()
 
 
 def learn_schedule(state: ScheduleLearning, x0: Tensor, *, steps: int) -> Iterator[ScheduleStep]:
@@ -382,18 +387,10 @@ def learn_schedule(state: ScheduleLearning, x0: Tensor, *, steps: int) -> Iterat
 
 def _outer_step(state: ScheduleLearning, x0: Tensor) -> ScheduleStep:
     k, problem = state.step, ScheduleProblem(state, x0)
-    outer = next(
-        penalty_descent(
-            problem,
-            state.z,
-            gamma=state.gamma,
-            step=state.rate if callable(state.rate) else functools.partial(_adam, state),
-            steps=k + 1,
-            estimator=problem.estimate,
-            project=state.project,
-            resume=PenaltyStep(k - 1, state.z, state.z, 0.0, {}, None, None, state.z),
-        )
-    )
+    rule, before = state.rate if callable(state.rate) else functools.partial(_adam, state), state.z
+    options = {"gamma": state.gamma, "step": rule, "estimator": problem.estimate, "project": state.project}
+    last = PenaltyStep(k - 1, before, before, 0.0, {}, None, None, before)
+    outer = next(penalty_descent(problem, before, steps=k + 1, resume=last, **options))
     state._hand_out(state.abar)  # without the graph to z
     val, q = None, state.q
     if state.val and k % state.val_every == 0:
@@ -413,12 +410,17 @@ def _outer_step(state: ScheduleLearning, x0: Tensor) -> ScheduleStep:
     return ScheduleStep(k=k, q=q, q_next=state.q, val=val, done=state.done, **measured)
 
 
-def _adam(state: ScheduleLearning, k: int, grad: Tensor, beta: tuple[float, float] = (0.5, 0.9)) -> Tensor:
+def _adam(state: ScheduleLearning, k: int, grad: Tensor) -> Tensor:
     """Adam's step in z with short memories: sizes in units of z whatever the scale of f, smaller where signs vary."""
-    state.momentum = beta[0] * state.momentum + (1 - beta[0]) * grad
-    state.square = beta[1] * state.square + (1 - beta[1]) * grad.square()
-    mean, square = (m / (1 - b ** (k + 1)) for m, b in zip((state.momentum, state.square), beta, strict=True))
-    return torch.as_tensor(state.rate, dtype=grad.dtype) * mean / (square.sqrt() + 1e-30)
+    step, state.momentum, state.square = adam_step(k, grad, state.momentum, state.square)
+    return torch.as_tensor(state.rate, dtype=grad.dtype) * step
+
+
+def adam_step(k: int, grad: Tensor, momentum: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's step of size about one, and the new moments."""
+    momentum, square = 0.5 * momentum + (1 - 0.5) * grad, 0.9 * square + (1 - 0.9) * grad.square()
+    mean, spread = momentum / (1 - 0.5 ** (k + 1)), (square / (1 - 0.9 ** (k + 1))).sqrt()
+    return mean / (spread + 1e-30), momentum, square
 
 
 def _warning(gamma: float, info: dict, noisy: bool, lost: bool) -> str | None:
@@ -439,3 +441,86 @@ def _warning(gamma: float, info: dict, noisy: bool, lost: bool) -> str | None:
     if 0 < info["reached"] < SLOW and 2 * error < (SLOW - info["reached"]) * fall:
         said.append(f"theta_gamma has come {info['reached']:.0%} of its way; lower rate, or raise inner or lr")
     return "; ".join(said) or None
+
+
+# ---------------------------------------------------------------- a grid of levels, for a network that stays as it is
+
+
+@dataclass(frozen=True)
+class GridStep:
+    """One step of `learn_grid`, measured at the grid abar before it moves.
+
+    k, f, grad  number of the step from 0; f there; its slope in the increments z, (N+1,)
+    abar, mean  (N+1,) the grid; and the one to use, that of the mean of z over the last third of the steps so far
+    cost        image forwards so far
+    state       (4, N+1): the next z, Adam's moments, the sum of that mean;  config: what a resumed run must share
+    """
+
+    k: int
+    f: float
+    grad: Tensor
+    abar: Tensor
+    mean: Tensor
+    cost: int
+    state: Tensor = field(repr=False)
+    config: dict = field(repr=False)
+
+
+def learn_grid(
+    network: LevelDenoiser,
+    abar: Tensor,
+    quality: Callable[[Tensor], Tensor],
+    like: Tensor,
+    *,
+    steps: int = 120,
+    rate: float = 0.1,
+    sampler: Callable[..., Tensor] = sample_ddim,
+    estimator: Callable[..., tuple[Tensor, dict]] = estimators.q_grad_reverse,
+    batches: int = 0,
+    seed: int = 0,
+    resume: GridStep | None = None,
+) -> Iterator[GridStep]:
+    """Learns the N levels that a sampler visits, for a network that stays as it is: descent of f in their increments.
+
+    network    on its scale the increments are taken, and the levels stay within those it has seen. With frozen weights:
+               else the cost counts a backward into them
+    abar       (N+1,), the grid to start from, such as abar[[0, *reversed(ts)]] of a longer table
+    quality    images -> (), differentiable
+    like       (n, ...), such as n images: x_T ~ N(0, I) has its shape, type and device
+    steps      number of steps in all, those before `resume` included;  rate: of Adam at the first, falling to nothing
+    sampler    (denoiser, x_T, abar, ts) -> images: `sample_ddim`, `sample_dpm`, or a partial, with checkpoint=True
+    estimator  (f, z, seed) -> (d_z f, info). For a network that is jagged in its level, whose derivatives say nothing,
+               `estimators.q_grad_coordinates` with a wide delta
+    batches    so many batches of x_T in turn; 0: another at each step
+    resume     continue after this record, as if never stopped
+    Yields one GridStep for each k. Raises FloatingPointError if a sample, f or the gradient is not finite, ValueError
+    for a grid that is not as `schedules.grid_increments` wants it, or a resumed run with other parameters.
+    """
+    scale, ends, ts = network.scale, network.seen, [*range(len(abar) - 1, 0, -1)]
+    z, first, spent, meters = schedules.grid_increments(abar.detach().cpu(), scale, ends), 0, 0, []
+    config = {"start": z, "steps": steps, "rate": rate, "sampler": sampler, "estimator": estimator, "scale": scale.name}
+    config |= {"seen": ends, "shape": like.shape, "batches": batches, "seed": seed}
+    config = {name: plain(value) for name, value in config.items()}
+    momentum, square, total = torch.zeros(3, len(z), dtype=z.dtype)
+    if resume is not None:
+        refuse_changes(resume.config, config)
+        (z, momentum, square, total), first, spent = resume.state, resume.k + 1, resume.cost
+
+    def f(z: Tensor, seed: int) -> Tensor:
+        table = schedules.grid_abar(z, scale, ends)
+        meters.append(CostMeter(network.on(table)))
+        generator = torch.Generator(like.device).manual_seed(derive_seed("x_T", seed))
+        x = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        with _evaluation(seed, like.device, network, quality):
+            return _measured(quality, sampler(meters[-1], x, table, ts), f"abar = {table.tolist()} are not finite")
+
+    for k in range(first, steps):
+        grad, info = estimator(f, z, seed=derive_seed("grid", seed, k % batches if batches else k))
+        if not torch.isfinite(grad).all():
+            raise FloatingPointError(f"the gradient at k = {k}, z = {z.tolist()} is not finite: lower rate = {rate}")
+        step, momentum, square = adam_step(k, grad, momentum, square)
+        n, total = k + 1 - steps + max(1, steps // 3), total + z  # of the tail, the last third
+        total = total if n > 0 else torch.zeros_like(z)
+        tables = [schedules.grid_abar(v, scale, ends) for v in (z, total / n if n > 0 else z)]
+        z, cost = z - rate * (1 - k / steps) * step, spent + sum(meter.cost for meter in meters)
+        yield GridStep(k, info["f"], grad, *tables, cost, torch.stack([z, momentum, square, total]), config)

@@ -13,11 +13,16 @@ v = (w + epsilon) / (1 + epsilon):
 
 and abar_t = prod_{s<=t} (1 - beta_s), with abar_0 = 1. Everything is computed and returned in float64 (1 - abar_1 is
 about 1e-5, so float32 would lose two digits of the noise level), from log F, so that no ratio is 0/0.
+
+What a sampler visits is a grid of levels, whatever curve they are read from: a `Scale` names levels, `grid_abar` makes
+the table of a free grid, with T = N.
 """
 
 import math
 import operator
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -292,6 +297,84 @@ def rescale_terminal(abar: Tensor, last: float = 1e-5) -> Tensor:
     root = abar.sqrt()
     slope = (root[0] - last**0.5) / (root[0] - root[-1])
     return (last**0.5 + (root - root[-1]) * slope).square()
+
+
+# ---------------------------------------------------------------- noise levels, and grids of them
+
+FLOOR = 1e-4  # share of its range that a grid deals out evenly, so that neighbours stay apart
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How noise levels are named, rising with the noise: what a network is told, and where grids are learned.
+
+    name   of the scale
+    level  abar_t (...) -> level (...), differentiable;  abar: its inverse
+    ends   the lowest and highest level that a grid on this scale may have
+    """
+
+    name: str
+    level: Callable[[Tensor], Tensor]
+    abar: Callable[[Tensor], Tensor]
+    ends: tuple[float, float]
+
+
+def angle(abar_t: Tensor) -> Tensor:
+    """arccos sqrt(abar_t) in [0, pi/2], where x_t = cos(angle) x_0 + sin(angle) eps; any shape, float64.
+
+    Exact near both ends, where its derivative is infinite and comes out as 0.
+    """
+    a = abar_t.double()
+    return torch.atan2((1 - a).clamp(min=1e-300).sqrt(), a.clamp(min=1e-300).sqrt())
+
+
+INSIDE = (1e-300, 1 - 1e-16)  # where log-SNR is finite
+ANGLE = Scale("angle", angle, lambda level: torch.cos(level).square(), (0.0, math.pi / 2))
+# a quarter of minus log-SNR, a usual input of networks
+LOG_NSR = Scale("log_nsr", lambda a: -log_snr(a.double().clamp(*INSIDE)) / 4, lambda v: (-4 * v).sigmoid(), (-5.0, 5.0))
+
+
+def grid_abar(z: Tensor, scale: Scale = ANGLE, ends: tuple[float, float] | None = None) -> Tensor:
+    """The table abar_0..abar_N of a free grid of N levels, both its ends free as well: sample it with ts = N..1.
+
+    z     (N+1,), any finite numbers: the scale's range is cut into N+1 increments, in proportion to softmax(z)
+    ends  lowest and highest level allowed, within `scale.ends`, such as those that a network has seen; None: these
+    Returns float64 (N+1,), abar_0 = 1, strictly falling, differentiable. Raises ValueError for another z or ends.
+    """
+    low, high = _ends(scale, ends)
+    if z.dim() != 1 or len(z) < 2 or not read(torch.isfinite(z).all(), True):
+        raise ValueError(f"z = {z.tolist()} must be (N+1,) finite numbers for a grid of N >= 1 levels")
+    share = (1 - FLOOR) * z.double().softmax(0) + FLOOR / len(z)
+    level = low + (high - low) * share.cumsum(0)[:-1]
+    return torch.cat([level.new_ones(1), scale.abar(level)])
+
+
+def grid_increments(abar: Tensor, scale: Scale = ANGLE, ends: tuple[float, float] | None = None) -> Tensor:
+    """z (N+1,) with `grid_abar(z, scale, ends)` = abar (N+1,), of mean 0: where to start learning from a known grid.
+
+    The grid of N steps of a longer table is abar[[0, *reversed(ts)]]. A level at an end starts FLOOR of the range away
+    from it. Raises ValueError, naming the level, unless the levels rise strictly within the ends.
+    """
+    low, high = _ends(scale, ends)
+    level = scale.level(check_abar(abar).detach()[1:])
+    edges = torch.cat([level.new_tensor([low]), level, level.new_tensor([high])])
+    share = (edges.diff() / (high - low) - FLOOR / (len(level) + 1)) / (1 - FLOOR)
+    outer = share[:: len(level)]  # before the first level, and beyond the last
+    outer[(outer <= 0) & (outer > -2 * FLOOR)] = FLOOR
+    if not (share > 0).all():
+        k = int((~(share > 0)).nonzero()[0])
+        raise ValueError(
+            f"the {scale.name} goes from {edges[k]:.6g} to {edges[k + 1]:.6g} at level {k + 1}, but must rise strictly "
+            f"within ({low:.6g}, {high:.6g}): drop levels that repeat, or clamp abar to the range"
+        )
+    return share.log() - share.log().mean()
+
+
+def _ends(scale: Scale, ends: tuple[float, float] | None) -> tuple[float, float]:
+    low, high = ends or scale.ends
+    if not scale.ends[0] <= low < high <= scale.ends[1]:
+        raise ValueError(f"ends = {ends} must rise within {scale.ends}, the range of the scale {scale.name!r}")
+    return low, high
 
 
 def _known(kind: str) -> str:

@@ -1,8 +1,9 @@
 """Problems with every answer in closed form, to test and to teach against. All arithmetic is float64.
 
 `Tilt` is the fine-tuning problem on finitely many points, `Mixture1D` supplies such points and an exact denoiser,
-`Mixture` is such a law in any dimension, `Gaussian` has exact tilts and an exact law of every discrete sampler, and
-`LinearGaussianSchedule` is the noise-schedule problem for one Gaussian coordinate and a linear denoiser.
+`Mixture` is such a law in any dimension, `Gaussian` has exact tilts and an exact law of every discrete sampler,
+`LinearGaussianSchedule` is the noise-schedule problem for one Gaussian coordinate and a linear denoiser, and
+`LevelGaussianSchedule` the same for a denoiser of few parameters that is told t or the noise level.
 """
 
 from collections.abc import Callable
@@ -365,3 +366,75 @@ class LinearGaussianSchedule:
     def value(self, q: Tensor) -> Tensor:
         """f(q, a_star(q)): the true upper objective; its gradient by autograd is the hypergradient."""
         return self.f(q, self.solve_star(q))
+
+
+class LevelGaussianSchedule(LinearGaussianSchedule):
+    """The same problem for eps_hat = a x_t, where a = sum_i c_i B_i is a smooth function of t or of the noise level.
+
+    B_i are k Chebyshev polynomials of t/T, or of the angle arccos sqrt(abar_t). The best a is a function of the level:
+    a denoiser that is told the level needs no other c when q moves, if it has enough parameters; one told t does. The
+    lower variable is c (k,).
+
+    told    "t" or "level"
+    train   None: g is over q's own levels. Or abar (M+1,), a fixed table of levels: then g does not hold q, c_star does
+            not move, and the derivative of f at fixed c is the hypergradient for every k
+    wiggle  size of a wave in a that vanishes at every level of `uniform(M)` and so is never seen in training on it
+    """
+
+    def __init__(
+        self, k: int, told: str = "level", train: Tensor | None = None, wiggle: float = 0.0, **options: object
+    ):
+        super().__init__(**options)
+        if told not in ("t", "level") or not 1 <= k <= self.T:
+            raise ValueError(f"told = {told!r} must be 't' or 'level', and k = {k} lie in 1..T = {self.T}")
+        if (told == "t" and train is not None) or (wiggle and train is None):
+            raise ValueError("a fixed table of levels is for a denoiser told the level, and the wave needs one")
+        self.k, self.told, self.train, self.wiggle = k, told, train, wiggle
+
+    @staticmethod
+    def uniform(M: int) -> Tensor:
+        """The table (M+1,) whose angles are the middles of M equal parts of 0..pi/2."""
+        middles = (torch.arange(M, dtype=torch.float64) + 0.5) * torch.pi / (2 * M)
+        return torch.cat([torch.ones(1, dtype=torch.float64), middles.cos().square()])
+
+    def response(self, abar: Tensor, c: Tensor) -> Tensor:
+        """a (T,) along a table (T+1,)."""
+        wave = torch.cos(torch.pi * len(self.train[1:]) * self._place(abar)) if self.wiggle else 0.0
+        return self._basis(abar) @ c + self.wiggle * wave
+
+    def f(self, q: Tensor, c: Tensor) -> Tensor:
+        """(|G| - s)^2 with a along q's own levels."""
+        return super().f(q, self.response(self.abar(q), c))
+
+    def g(self, q: Tensor, c: Tensor) -> Tensor:
+        """The denoising loss, averaged over the levels of training."""
+        table = self._training(q)
+        a, v, noise = self.response(table, c), self._variance(table), (1 - table[1:]).sqrt()
+        return (a**2 * v - 2 * a * noise + 1).mean()
+
+    def solve_star(self, q: Tensor, warm: Tensor | None = None) -> Tensor:
+        """c_star(q) (k,), a least squares fit, differentiable in q."""
+        table = self._training(q)
+        basis = self._basis(table)
+        return torch.linalg.solve(basis.T * self._variance(table) @ basis, basis.T @ (1 - table[1:]).sqrt())
+
+    def partial(self, q: Tensor) -> Tensor:
+        """d_q f at fixed c = c_star(q), (4,): the hypergradient without the response of c."""
+        c = self.solve_star(q).detach()
+        return torch.func.grad(lambda q: self.f(q, c))(q)
+
+    def _training(self, q: Tensor) -> Tensor:
+        return self.abar(q) if self.train is None else self.train
+
+    def _variance(self, abar: Tensor) -> Tensor:
+        return abar[1:] * self.s**2 + 1 - abar[1:]
+
+    def _place(self, abar: Tensor) -> Tensor:
+        """What the denoiser is told, (T,), in 0..1."""
+        if self.told == "t":
+            return (torch.arange(self.T, dtype=torch.float64) + 0.5) / self.T
+        return schedules.angle(abar[1:]) * 2 / torch.pi
+
+    def _basis(self, abar: Tensor) -> Tensor:
+        order = torch.arange(self.k, dtype=torch.float64)
+        return torch.cos(order * torch.acos(2 * self._place(abar) - 1)[:, None])

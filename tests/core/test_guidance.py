@@ -566,3 +566,167 @@ def test_rows_and_grids_of_guidance_in_any_integers():
     torch.testing.assert_close(whole, guidance.path_kl(record, ABAR, [20, 10]))
     with pytest.raises(ValueError, match="the record has a step at t = 20 that is not on the grid"):
         guidance.path_kl(record, ABAR, [21, 10])
+
+
+# ---------------------------------------------------------------- told the noise level
+
+
+class Told(torch.nn.Module):
+    """Any smooth network of x (B, 2) and the level, with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, x, level, shift=0.0):
+        return self.w * torch.tanh(x + level.reshape(-1, 1)) + 0.1 * x.flip(1) + shift
+
+
+def exact_network(law, scale):
+    """E[eps | x] as a function of x and the level."""
+
+    def network(x, level):
+        one = torch.ones((), dtype=torch.float64)
+        return law.denoiser(torch.stack([one, scale.abar(level[0].double())]))(x, 1)
+
+    return network
+
+
+@pytest.mark.parametrize("scale", [schedules.ANGLE, schedules.LOG_NSR], ids=lambda scale: scale.name)
+def test_a_network_told_the_level_serves_every_schedule(scale):
+    level_net = guidance.LevelDenoiser(exact_network(LAW, scale), ABAR, scale)
+    other = schedules.abar(torch.tensor(schedules.DEFAULT_Q["sigmoid"], dtype=torch.float64), 30, "sigmoid")
+    grid = schedules.grid_abar(torch.zeros(6, dtype=torch.float64), scale, level_net.seen)
+    x = some_x()
+    for abar, ts in ((ABAR, TS), (other, samplers.timesteps(30, 7)), (grid, [5, 4, 3, 2, 1])):
+        told, exact = level_net.on(abar), LAW.denoiser(abar)
+        for t in ts:
+            torch.testing.assert_close(told(x, t), exact(x, t), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            samplers.sample_ddim(told, x, abar, ts), samplers.sample_ddim(exact, x, abar, ts), rtol=1e-7, atol=1e-7
+        )
+        guided = [guidance.LookAhead(d, linear, LAM, abar, ts) for d in (told, exact)]
+        results = [samplers.sample_ddim(d, x, abar, ts) for d in guided]
+        torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
+
+
+def test_it_is_told_one_level_for_each_row_in_the_type_of_x():
+    seen = []
+
+    def network(x, level, shift=0.0):
+        seen.append(level)
+        return x + shift
+
+    told, x = guidance.LevelDenoiser(network, ABAR), some_x(3)
+    t = torch.tensor([1, 20, 50])
+    assert torch.equal(told(x.float(), t, 2.0), x.float() + 2)
+    torch.testing.assert_close(seen[-1], schedules.angle(ABAR[t]).float())
+    told(x, 7)
+    assert seen[-1].shape == (1,) and seen[-1].dtype == torch.float64
+    assert seen[-1] == schedules.angle(ABAR[7])
+    assert told.passes == 1 and guidance.LevelDenoiser(told, ABAR).passes == 1
+
+
+def test_derivatives_go_through_the_level_in_both_modes():
+    """Against differences, and against the same network told a level that stands still: that part alone is not all."""
+    network, ts, x = Told().requires_grad_(False), [5, 4, 3, 2, 1], some_x()
+    level_net = guidance.LevelDenoiser(network, ABAR, seen=(0.0, 1.6))
+    z = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64)
+
+    def f(z, seed):
+        grid = schedules.grid_abar(z)
+        return samplers.sample_ddim(level_net.on(grid), x, grid, ts).square().mean()
+
+    def still(z, seed):
+        grid = schedules.grid_abar(z)
+        return samplers.sample_ddim(level_net.on(grid.detach()), x, grid, ts).square().mean()
+
+    narrow = Told().requires_grad_(False).float()
+    low = guidance.LevelDenoiser(lambda x, level: narrow(x, 0.5 * (2 * level)), ABAR, seen=(0.0, 1.6))
+
+    def single(z, seed):
+        """In single precision, by a network that scales its level."""
+        grid = schedules.grid_abar(z)
+        return samplers.sample_ddim(low.on(grid), x.float(), grid, ts).square().mean()
+
+    wanted, _ = estimators.q_grad_coordinates(f, z, seed=0, delta=1e-5)
+    for estimator in (estimators.q_grad_forward, estimators.q_grad_reverse):
+        torch.testing.assert_close(estimator(f, z, seed=0)[0], wanted, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(estimator(single, z, seed=0)[0], wanted, rtol=1e-4, atol=1e-4)
+        assert (estimator(still, z, seed=0)[0] - wanted).abs().max() > 0.05 * wanted.abs().max()
+
+
+def test_levels_beyond_those_of_the_training_are_told_with_their_range():
+    level_net = guidance.LevelDenoiser(Told(), ABAR[:40])
+    low, high = level_net.seen
+    assert (low, high) == tuple(schedules.angle(ABAR[[1, 39]]).tolist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        level_net(some_x(), 39)
+        level_net.on(ABAR[:40])(some_x(), 39)
+        level_net.on(ABAR)(some_x(), 20)
+        level_net.on(ABAR)(some_x(), torch.tensor([50]))  # as in training: not read, which a GPU would have to wait for
+        level_net.abar = ABAR  # it is trained on this from now on
+        level_net(some_x(), 50)
+    level_net.abar = ABAR[:40]
+    with pytest.warns(UserWarning, match=rf"angle is {schedules.angle(ABAR[50]):.5g} at t = 50, .* seen {low:.5g} to"):
+        level_net.on(ABAR)(some_x(), 50)
+    with pytest.warns(UserWarning, match="seen 0.5 to 1: train it on more levels, or keep the grid within these") as at:
+        guidance.LevelDenoiser(Told(), ABAR, seen=(0.5, 1.0))(some_x(), 1)
+    assert at[0].filename == __file__
+    assert level_net.on(ABAR).on(ABAR[:10]).seen == (low, high)
+
+
+def test_a_network_that_is_told_something_else_is_refused():
+    network = Told()
+    network.told = "t"
+    with pytest.raises(
+        ValueError, match=r"is told the t, but the scale is the angle; .*time_scale\(abar\) of the sched"
+    ):
+        guidance.LevelDenoiser(network, ABAR)
+    network.told = "angle"
+    guidance.LevelDenoiser(network, ABAR)
+    with pytest.raises(ValueError, match="is told the angle, but the scale is the log_nsr"):
+        guidance.LevelDenoiser(network, ABAR, schedules.LOG_NSR)
+    with pytest.raises(ValueError, match="abar must fall"):
+        guidance.LevelDenoiser(network, ABAR.flip(0))
+    with pytest.raises(TypeError, match="abar is a NoneType"):
+        guidance.LevelDenoiser(network, None)
+
+
+def test_networks_of_v_and_x0_that_are_told_the_level():
+    """They predict v or x_0 of the same law; the wrapper that turns it into eps is around the level's."""
+    scale, x = schedules.ANGLE, some_x()
+    network = exact_network(LAW, scale)
+
+    def v(x, level):
+        a = scale.abar(level)
+        eps = network(x, level)
+        return a.sqrt() * eps - (1 - a).sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt()
+
+    told = guidance.eps_from_v(guidance.LevelDenoiser(v, ABAR), ABAR)
+    torch.testing.assert_close(told(x, 20), LAW.denoiser(ABAR)(x, 20), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        told.denoise_x0(x, 20), guidance.x0_from_eps(x, LAW.denoiser(ABAR)(x, 20), ABAR[20]), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_what_a_derivative_in_the_schedule_costs():
+    """Backward into the level counts as into x, a tangent of the level as one of x: at the first step x has neither."""
+    network, x, ts = Told().requires_grad_(False), some_x(), [3, 2, 1]
+    level_net = guidance.LevelDenoiser(network, ABAR, seen=(0.0, 1.6))
+    z, meters = torch.zeros(4, dtype=torch.float64), []
+
+    def f(z, seed):
+        grid = schedules.grid_abar(z)
+        meters.append(guidance.CostMeter(level_net.on(grid)))
+        return samplers.sample_ddim(meters[-1], x, grid, ts).square().mean()
+
+    for estimator, cost in ((estimators.q_grad_reverse, 2 * 3), (estimators.q_grad_forward, 2 * 3 * 4)):
+        meters.clear()
+        estimator(f, z, seed=0)
+        assert sum(meter.cost for meter in meters) == 7 * cost
+    network.requires_grad_(True)
+    meters.clear()
+    f(z, 0).backward()
+    assert meters[0].cost == 7 * (1 + 2 + 1 + 1 + 2 + 1 + 1 + 2)  # into the weights, and from the second step into x

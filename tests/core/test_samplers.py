@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import diffusers
 import numpy
@@ -447,3 +448,75 @@ def test_images_of_integers_are_refused(dtype):
     ):
         with pytest.raises(ValueError, match=rf"{dtype}: make them float.*/ 127.5 - 1"):
             run()
+
+
+# ---------------------------------------------------------------- second order
+
+
+def curve(x, t):
+    """Any smooth denoiser that also offers x0_hat, for a table that ends at 0."""
+    return torch.tanh(x + 0.1 * t) * 0.7
+
+
+curve.denoise_x0 = lambda x, t: torch.tanh(x) * 0.3
+
+
+def test_second_order_by_hand():
+    abar, x = torch.tensor([1.0, 0.9, 0.5, 0.2], dtype=torch.float64), torch.tensor([0.3, -1.2], dtype=torch.float64)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    half = (alpha[1:] / sigma[1:]).log()  # lambda_1, lambda_2, lambda_3 of the paper
+    y, hats = x, []
+    for t, s in ((3, 2), (2, 1)):
+        hats.append((y - sigma[t] * curve(y, t)) / alpha[t])
+        h = half[s - 1] - half[t - 1]
+        D = hats[-1]
+        if len(hats) > 1:
+            r = (half[t - 1] - half[t]) / h
+            D = (1 + 1 / (2 * r)) * hats[-1] - 1 / (2 * r) * hats[-2]
+        y = sigma[s] / sigma[t] * y - alpha[s] * torch.expm1(-h) * D
+    y = (y - sigma[1] * curve(y, 1)) / alpha[1]
+    torch.testing.assert_close(samplers.sample_dpm(curve, x, abar, [3, 2, 1]), y, rtol=1e-13, atol=1e-14)
+    assert samplers.sample_dpm(curve, x.float(), abar, [3, 2, 1]).dtype == torch.float32
+    for ts in ([3], [3, 1]):  # nothing to extrapolate from, or nothing to do it for
+        both = [f(curve, x, abar, ts) for f in (samplers.sample_dpm, samplers.sample_ddim)]
+        torch.testing.assert_close(*both, rtol=1e-13, atol=1e-14)
+
+
+def test_second_order_is_second_order():
+    """The error of a smooth problem falls as 1/steps^2 on grids even in log-SNR, that of DDIM as 1/steps."""
+    law = oracles.Mixture1D()
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
+
+    def at(sampler, n):
+        ell = torch.linspace(2.0, -2.0, n + 1, dtype=torch.float64)  # -log-SNR/4 would be the same
+        table = torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(ell)])
+        return sampler(law.denoiser(table), x, table, list(range(n + 1, 0, -1)))
+
+    exact = at(samplers.sample_dpm, 4000)
+    errors = {
+        f: [(at(f, n) - exact).abs().max().item() for n in (20, 80)]
+        for f in (samplers.sample_ddim, samplers.sample_dpm)
+    }
+    ddim, dpm = (math.log(a / b, 4) for a, b in errors.values())
+    assert 0.8 < ddim < 1.2 and 1.8 < dpm < 2.3
+    assert errors[samplers.sample_dpm][0] < errors[samplers.sample_ddim][0] / 3
+
+
+def test_second_order_from_zero_and_its_gradients():
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    for last in (0.0, 0.05):
+        abar = torch.tensor([1.0, 0.9, 0.5, 0.2, last], dtype=torch.float64, requires_grad=True)
+        values = [samplers.sample_dpm(curve, x, abar, [4, 3, 2, 1], checkpoint=c).square().sum() for c in (False, True)]
+        slopes = [torch.autograd.grad(value, abar)[0] for value in values]
+        assert values[0] == values[1] and torch.equal(*slopes) and torch.isfinite(slopes[0]).all()
+        for k in range(1, 4 + (last > 0)):
+            h = torch.zeros(5, dtype=torch.float64)
+            h[k] = 1e-6
+            high, low = (
+                samplers.sample_dpm(curve, x, abar.detach() + s * h, [4, 3, 2, 1]).square().sum() for s in (1, -1)
+            )
+            assert slopes[0][k].item() == pytest.approx((high - low).item() / 2e-6, rel=1e-6, abs=1e-8)
+    with pytest.raises(ValueError, match="must descend within"):
+        samplers.sample_dpm(curve, x, abar, [1, 2])
+    with pytest.raises(ValueError, match="where eps says nothing of x_0"):
+        samplers.sample_dpm(denoiser, x, abar.detach() * torch.tensor([1, 1, 1, 1, 0.0]), [4, 1])

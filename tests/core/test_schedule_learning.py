@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bilevel_core import distances, estimators, schedules
+from bilevel_core import distances, estimators, guidance, schedules
 from bilevel_core.lab import data, files, oracles, training
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
@@ -168,6 +169,66 @@ def test_a_denoiser_of_x0_feels_the_schedule_it_is_handed():
         lambda q: ORACLE.f(q, eps(1.02 * b, q)) + gamma * (ORACLE.g(q, eps(1.02 * b, q)) - ORACLE.g(q, eps(b, q)))
     )(Q)[:3]
     assert ((grad - exact).abs() < 4 * info["se"]).all() and (info["se"] < 0.3 * exact.abs()).any()
+
+
+LEVELS = oracles.LevelGaussianSchedule(5)
+
+
+class LinearLevel(nn.Module):
+    """eps_hat = a(level) x, the denoiser of few parameters that is told the level."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = nn.Parameter(c.detach().clone())
+
+    def forward(self, x, level):
+        place = level.reshape(-1) * 4 / math.pi - 1
+        return (torch.cos(torch.arange(len(self.c)) * torch.acos(place)[:, None]) @ self.c)[:, None] * x
+
+
+def test_a_denoiser_told_the_level_feels_the_schedule_it_is_handed():
+    """d_z f at fixed weights, and d_z g, are those of the oracle: both go through what the network is told as well."""
+    net = guidance.LevelDenoiser(LinearLevel(LEVELS.solve_star(Q)), LEVELS.abar(Q))
+    state = new_state(net=net, samples=20_000, g_batch=20_000)
+    problem, z = ScheduleProblem(state, DATA), state.z
+    for estimator in (estimators.q_grad_forward, estimators.q_grad_reverse):
+        grads = torch.stack([estimator(lambda z, s: problem.f(z, state.star.ema, s), z, seed=i)[0] for i in range(8)])
+        wanted = LEVELS.partial(Q)[:3]
+        assert ((grads.mean(0) - wanted).abs() < 4 * grads.std(0) / 8**0.5).all()
+        assert (grads.std(0) / 8**0.5 < 0.1 * wanted.abs()).all()
+    wrong = torch.func.grad(lambda q: ORACLE.f(q, LEVELS.response(LEVELS.abar(Q), net.network.c.detach())))(Q)[:3]
+    assert (wrong - wanted).abs().max() > 3 * wanted.abs().max()  # what a network told t would say
+    slopes = []
+    for i in range(8):
+        moving = z.clone().requires_grad_()
+        slopes += torch.autograd.grad(problem.g(moving, state.star.ema, i), moving)
+    wanted = torch.func.grad(lambda q: LEVELS.g(q, net.network.c.detach()))(Q)[:3]
+    slopes = torch.stack(slopes)
+    assert ((slopes.mean(0) - wanted).abs() < 4 * slopes.std(0) / 8**0.5 + 1e-3 * wanted.abs()).all()
+
+
+def test_algorithm_6_trains_and_saves_networks_that_are_told_the_level(tmp_path):
+    def fresh():
+        return new_state(net=guidance.LevelDenoiser(LinearLevel(LEVELS.solve_star(Q)), LEVELS.abar(Q)), rate=0.05)
+
+    state = fresh()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the levels move, and the networks are trained on them
+        list(learn_schedule(state, DATA, steps=2))
+    for net in (state.star.denoiser, state.gamma_net.ema.module):
+        assert torch.equal(net.abar, state.abar) and not torch.equal(net.abar, LEVELS.abar(Q))
+    again = fresh()
+    path = tmp_path / "state.safetensors"
+    for _ in training.checkpointed(learn_schedule(again, DATA, steps=1), again, path, steps=1):
+        pass
+    resumed = fresh()
+    for _ in training.checkpointed(learn_schedule(resumed, DATA, steps=2), resumed, path, steps=2):
+        pass
+    assert equal(resumed.tensors(), state.tensors()) and torch.equal(resumed.star.denoiser.abar, state.abar)
+    scale = schedules.LOG_NSR
+    other = new_state(net=guidance.LevelDenoiser(LinearLevel(LEVELS.solve_star(Q)), LEVELS.abar(Q), scale), rate=0.05)
+    with pytest.raises(ValueError, match=r"the saved run has other weights .*told_angle.*told_log_nsr: None"):
+        other.load(*files.load_state(path))
 
 
 # ---------------------------------------------------------------- the networks

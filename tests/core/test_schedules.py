@@ -332,3 +332,114 @@ def test_the_terminal_warning_points_at_the_callers_line():
     with pytest.warns(UserWarning) as caught:
         schedules.check_terminal(torch.tensor([1.0, 0.04]))
     assert caught[0].filename == __file__
+
+
+# ---------------------------------------------------------------- noise levels, and grids of them
+
+SCALES = {"angle": schedules.ANGLE, "log-SNR": schedules.LOG_NSR}
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def slope_of(z, scale, ends=None):
+    """Of all levels of the grid with some weights, so that nothing cancels."""
+    z = z.clone().requires_grad_()
+    table = schedules.grid_abar(z, scale, ends)
+    return torch.autograd.grad((table * torch.arange(len(table)).double().cos()).sum(), z)[0]
+
+
+def test_levels_rise_with_the_noise_and_come_back():
+    abar = torch.tensor([1 - 1e-12, 0.9, 0.5, 0.1, 1e-12], dtype=torch.float64)
+    for scale in SCALES.values():
+        level = scale.level(abar)
+        assert (level.diff() > 0).all()
+        torch.testing.assert_close(scale.abar(level), abar, rtol=1e-9, atol=0)
+    assert schedules.angle(torch.tensor([0.5])).item() == pytest.approx(math.pi / 4, abs=1e-15)
+    torch.testing.assert_close(schedules.angle(abar[1:4]), torch.arccos(abar[1:4].sqrt()), rtol=0, atol=1e-15)
+    torch.testing.assert_close(schedules.LOG_NSR.level(abar[1:4]), -schedules.log_snr(abar[1:4]) / 4, rtol=0, atol=0)
+    # near abar = 1 arccos has lost half its digits, and the angle none: tan^2 = (1 - abar)/abar
+    near = 1 - torch.tensor([1e-6, 1e-12, 1e-15], dtype=torch.float64)
+    torch.testing.assert_close(schedules.angle(near).tan().square(), (1 - near) / near, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_levels_and_their_slopes_are_finite_also_at_both_ends(scale):
+    abar = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    level = scale.level(abar)
+    assert torch.isfinite(level).all() and (level.diff() > 0).all()
+    (slope,) = torch.autograd.grad(level.sum(), abar)
+    assert torch.isfinite(slope).all() and slope[1] < 0
+    assert schedules.angle(abar.detach()).tolist() == pytest.approx([0.0, math.pi / 4, math.pi / 2], abs=1e-12)
+
+
+def test_a_grid_cuts_its_range_in_proportion():
+    z = torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    level = schedules.angle(schedules.grid_abar(z)[1:])
+    torch.testing.assert_close(level, torch.tensor([0.1, 0.3, 0.6]).double() * math.pi / 2, rtol=1e-3, atol=0)
+    ell = schedules.LOG_NSR.level(schedules.grid_abar(z, schedules.LOG_NSR, (-2.0, 3.0))[1:])
+    torch.testing.assert_close(ell, -2 + 5 * torch.tensor([0.1, 0.3, 0.6]).double(), rtol=1e-3, atol=0)
+    assert schedules.grid_abar(torch.zeros(2))[0] == 1 and schedules.grid_abar(torch.zeros(2)).dtype == torch.float64
+    torch.testing.assert_close(schedules.grid_abar(torch.zeros(2)), torch.tensor([1.0, 0.5]).double())  # one step
+
+
+@given(z=st.lists(FINITE, min_size=2, max_size=60), name=st.sampled_from(sorted(SCALES)))
+@settings(max_examples=300, deadline=None)
+def test_any_increments_give_a_strictly_monotone_grid_with_finite_slopes(z, name):
+    scale, z = SCALES[name], torch.tensor(z, dtype=torch.float64)
+    for ends in (None, (scale.ends[0] + 0.05, scale.ends[1] - 0.05)):
+        table = schedules.grid_abar(z, scale, ends)
+        assert table[0] == 1 and (table.diff() < 0).all() and 0 < table[-1] and torch.isfinite(table).all()
+        samplers.check_grid(range(len(z) - 1, 0, -1), table)
+        low, high = ends or scale.ends
+        level = scale.level(table[1:])
+        assert (level >= low - 1e-9).all() and (level <= high + 1e-9).all()
+        assert torch.isfinite(slope_of(z, scale, ends)).all()
+
+
+@given(z=st.lists(st.floats(-6, 6), min_size=2, max_size=30), name=st.sampled_from(sorted(SCALES)))
+@settings(max_examples=100, deadline=None)
+def test_increments_come_back_from_their_grid(z, name):
+    z = torch.tensor(z, dtype=torch.float64)
+    z = z - z.mean()
+    ends = (SCALES[name].ends[0] + 0.1, SCALES[name].ends[1] - 0.1)
+    table = schedules.grid_abar(z, SCALES[name], ends)
+    back = schedules.grid_increments(table, SCALES[name], ends)
+    torch.testing.assert_close(schedules.grid_abar(back, SCALES[name], ends), table, rtol=0, atol=1e-6)
+    wide = z.softmax(0).min() > 2e-3  # else the floor has a share in it
+    assert not wide or (back - z).abs().max() < 1e-4
+
+
+def test_slopes_of_a_grid_are_derivatives_in_both_modes():
+    z = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights, h = torch.arange(6).double().cos(), 1e-6 * torch.eye(6, dtype=torch.float64)
+    for scale in SCALES.values():
+        wanted = [(schedules.grid_abar(z + v, scale) - schedules.grid_abar(z - v, scale)) @ weights / 2e-6 for v in h]
+        torch.testing.assert_close(slope_of(z, scale), torch.stack(wanted), rtol=1e-5, atol=1e-9)
+        forward = torch.func.jacfwd(lambda z, scale=scale: schedules.grid_abar(z, scale))(z).T @ weights
+        torch.testing.assert_close(forward, slope_of(z, scale), rtol=1e-10, atol=1e-14)
+
+
+def test_a_grid_starts_anywhere_within_its_range_and_nowhere_else():
+    abar = schedules.abar(Q["cosine"] - torch.tensor([0.0, 0.05, 0.0, 0.0]), 200)
+    grid = abar[[0, *reversed(samplers.timesteps(200, 10))]]
+    z = schedules.grid_increments(grid)
+    assert z.shape == (11,) and abs(z.mean().item()) < 1e-12
+    torch.testing.assert_close(schedules.grid_abar(z), grid, rtol=0, atol=1e-12)
+    seen = tuple(schedules.angle(grid[[1, -1]]).tolist())  # both end levels are at an end: they start just inside
+    inside = schedules.grid_abar(schedules.grid_increments(grid, ends=seen), ends=seen)
+    assert 0 < (schedules.angle(inside[1:]) - schedules.angle(grid[1:])).abs().max() < 1e-3
+    for wrong, said in (
+        (grid[[0, 2, 2, 5]], "the angle goes from 0.3.* to 0.3.* at level 2, but must rise strictly within"),
+        (grid[[0, 3, 10]], r"at level 3, but must rise strictly within \(0.1, 1.4\): drop .*, or clamp abar"),
+        (grid[[0, 1, 10]], "the angle goes from 0.2 to 0.1.* at level 1, but must rise strictly within"),
+    ):
+        ends = (0.1, 1.4) if "0.1, 1.4" in said else (0.2, 1.5) if "level 1" in said else None
+        with pytest.raises(ValueError, match=said):
+            schedules.grid_increments(wrong, ends=ends)
+    with pytest.raises(ValueError, match="abar must fall"):
+        schedules.grid_increments(torch.tensor([1.0, 0.5, 0.7]))
+    for ends in ((-0.1, 1.0), (1.0, 1.0), (0.5, 0.2), (0.0, 1.6), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="must rise within .*the range of the scale 'angle'"):
+            schedules.grid_abar(torch.zeros(3), ends=ends)
+    for z in (torch.zeros(1), torch.zeros(2, 2), torch.tensor([0.0, float("inf")]), torch.tensor([0.0, float("nan")])):
+        with pytest.raises(ValueError, match=r"must be \(N\+1,\) finite numbers for a grid of N >= 1 levels"):
+            schedules.grid_abar(z)

@@ -1,5 +1,7 @@
 """The tables that the book prints, to the digits printed, and each closed form against an independent computation."""
 
+import itertools
+
 import pytest
 import torch
 from scipy import integrate, optimize, stats
@@ -442,3 +444,96 @@ def test_newton_says_where_it_stalls(monkeypatch):
     small = oracles.LinearGaussianSchedule(T=2, ts=[2, 1])
     with pytest.raises(RuntimeError, match=r"did not converge at gamma = 20, q = \[0.0, 0.9"):
         small.solve_gamma(torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64), 20.0)
+
+
+# ---------------------------------------------------------------- told t, or the noise level
+
+Q9 = torch.tensor([0.0, 0.9, 1.0, 0.008], dtype=torch.float64)
+
+
+def bias(problem, q=Q9):
+    """Of the derivative at fixed parameters, in units of the hypergradient; start, end, tau."""
+    exact = torch.func.grad(problem.value)(q)[:3]
+    return ((problem.partial(q)[:3] - exact).norm() / exact.norm()).item()
+
+
+def test_with_a_parameter_for_each_step_the_level_problem_is_the_first_one():
+    told_t = oracles.LevelGaussianSchedule(20, "t", T=20, ts=[20, 14, 8, 3])
+    first = oracles.LinearGaussianSchedule(T=20, ts=[20, 14, 8, 3])
+    torch.testing.assert_close(told_t.response(told_t.abar(Q9), told_t.solve_star(Q9)), first.solve_star(Q9))
+    assert told_t.value(Q9).item() == pytest.approx(first.value(Q9).item(), rel=1e-6)
+    c = told_t.solve_star(Q9) * 1.1
+    a = told_t.response(told_t.abar(Q9), c)
+    assert told_t.g(Q9, c).item() == pytest.approx(first.g(Q9, a).item(), rel=1e-12)
+    assert told_t.f(Q9, c).item() == pytest.approx(first.f(Q9, a).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("told, train", [("t", None), ("level", None), ("level", 30)])
+def test_the_fit_is_the_minimum_and_its_derivative_the_response(told, train):
+    table = train and oracles.LevelGaussianSchedule.uniform(train)
+    problem = oracles.LevelGaussianSchedule(4, told, table, T=20, ts=[20, 14, 8, 3])
+    c = problem.solve_star(Q9).requires_grad_()
+    (slope,) = torch.autograd.grad(problem.g(Q9, c), c)
+    assert slope.abs().max() < 1e-12
+    exact = torch.func.grad(problem.value)(Q9)
+    for i, h in enumerate(1e-5 * torch.eye(4, dtype=torch.float64)):
+        both = (problem.value(Q9 + h) - problem.value(Q9 - h)) / 2e-5
+        alone = (problem.f(Q9 + h, c) - problem.f(Q9 - h, c)).detach() / 2e-5
+        assert exact[i].item() == pytest.approx(both.item(), rel=1e-5, abs=1e-9)
+        assert problem.partial(Q9)[i].item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-9)
+    if train is None:  # Newton on f/gamma + g is that of the first problem; far out it is the fit
+        torch.testing.assert_close(problem.solve_gamma(Q9, 1e9), c.detach(), rtol=0, atol=1e-6)
+
+
+def test_told_the_level_the_bias_goes_to_zero_with_capacity_and_told_t_it_does_not():
+    """Told t, the derivative at fixed parameters has the wrong sign in start, as with the networks of chapter 6."""
+    level = [bias(oracles.LevelGaussianSchedule(k)) for k in (4, 6, 8, 10, 12)]
+    assert all(b < a / 2 for a, b in itertools.pairwise(level)) and level[0] > 1 and level[-1] < 0.01
+    for k in (4, 6, 8, 10, 12):
+        problem = oracles.LevelGaussianSchedule(k, "t")
+        assert bias(problem) > 1
+        assert problem.partial(Q9)[0] < -0.03 < 0.01 < torch.func.grad(problem.value)(Q9)[0]
+
+
+def test_trained_on_levels_that_do_not_hold_q_there_is_no_bias_at_any_capacity():
+    broad = oracles.LevelGaussianSchedule.uniform(200)
+    exact = torch.func.grad(oracles.LinearGaussianSchedule().value)(Q9)
+    for k in (1, 2, 4, 8, 12):
+        problem = oracles.LevelGaussianSchedule(k, train=broad)
+        assert bias(problem) < 1e-12
+        assert torch.func.grad(lambda q, p=problem: p.g(q, p.solve_star(q)))(Q9).abs().max() == 0
+    torch.testing.assert_close(problem.partial(Q9), exact, rtol=5e-3, atol=0)  # and enough of it is the exact denoiser
+
+
+def test_where_the_response_to_the_level_is_jagged_derivatives_say_nothing_and_differences_do():
+    """A wave that no level of the training sees: f hardly moves, its derivative is another one altogether."""
+    broad, widths = oracles.LevelGaussianSchedule.uniform(200), torch.tensor([0.05, 0.03, 0.25], dtype=torch.float64)
+    smooth, jagged = (oracles.LevelGaussianSchedule(8, train=broad, wiggle=w) for w in (0.0, 0.003))
+    torch.testing.assert_close(smooth.solve_star(Q9), jagged.solve_star(Q9))
+    assert jagged.g(Q9, jagged.solve_star(Q9)).item() == pytest.approx(smooth.g(Q9, smooth.solve_star(Q9)).item())
+    assert jagged.value(Q9).item() == pytest.approx(smooth.value(Q9).item(), rel=0.02)
+    truth = smooth.partial(Q9)[:3]
+    pathwise = jagged.partial(Q9)[:3]
+    assert pathwise[1] < -5 * truth[1] < 0 and torch.cosine_similarity(pathwise, truth, 0) < 0
+
+    def wide(problem):
+        c = problem.solve_star(Q9)
+        moved = torch.cat([torch.diag(widths), torch.zeros(3, 1)], 1)
+        return torch.stack([problem.f(Q9 + h, c) - problem.f(Q9 - h, c) for h in moved]) / (2 * widths)
+
+    assert (wide(jagged) - wide(smooth)).norm() < 0.2 * wide(smooth).norm()
+    assert torch.cosine_similarity(wide(jagged), truth, 0) > 0.97
+
+
+def test_level_problems_that_make_no_sense_are_refused():
+    broad = oracles.LevelGaussianSchedule.uniform(20)
+    assert broad[0] == 1 and (broad.diff() < 0).all() and len(broad) == 21
+    for arguments, said in (
+        ({"k": 0}, "k = 0 lie in 1..T = 50"),
+        ({"k": 51}, "k = 51 lie in 1..T = 50"),
+        ({"k": 3, "told": "noise"}, "told = 'noise' must be 't' or 'level'"),
+        ({"k": 3, "told": "t", "train": broad}, "a fixed table of levels is for a denoiser told the level"),
+        ({"k": 3, "wiggle": 0.1}, "the wave needs one"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            oracles.LevelGaussianSchedule(**arguments)

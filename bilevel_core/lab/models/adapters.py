@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ... import schedules
+from ... import samplers, schedules
+from ..levels import time_scale
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, SchedulerMixin
@@ -61,6 +62,21 @@ def to_diffusers(abar: Tensor, scheduler: type | None = None, **options: object)
             "that predicts v, or schedules.rescale_terminal(abar)"
         )
     return made
+
+
+def grid_to_diffusers(grid: Tensor, abar: Tensor) -> dict[str, list]:
+    """A grid of levels in diffusers' words, for the `set_timesteps` of a scheduler of the network's own schedule.
+
+    grid  (N+1,) levels, such as `learn_grid` gives;  abar: (T+1,) the schedule that the network was trained on
+    Returns "timesteps" (N), falling, those whose levels are nearest (diffusers counts from 0), for classes that take
+    them, such as DPMSolverMultistepScheduler, and "sigmas" (N+1), falling to 0, the levels as they are, for those such
+    as EulerDiscreteScheduler. Pass one of the two. A network that is told the level needs neither: its scheduler is
+    `to_diffusers(grid)`. Raises ValueError if two levels have the same time, or lie beyond the schedule's.
+    """
+    grid = schedules.check_abar(grid).detach()
+    times = time_scale(abar, nearest=True).level(grid[1:])
+    ts = samplers.check_grid(times.flip(0).tolist(), abar)
+    return {"timesteps": [t - 1 for t in ts], "sigmas": (1 / grid - 1).sqrt().flip(0).tolist()}
 
 
 def _on_grid(scheduler: type) -> type:

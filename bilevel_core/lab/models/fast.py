@@ -11,7 +11,8 @@ from torch import Tensor, nn
 def fast(denoiser: nn.Module, example_x: Tensor, *given: Tensor) -> Callable[..., Tensor]:
     """A denoiser equal to `denoiser` to float32 rounding, in 0.6 to 0.9 of its time on a CPU (see `make bench`).
 
-    denoiser   network in eval mode, called as denoiser(x, t) with t an int or (B,) int64; it is left as it is
+    denoiser   network in eval mode, called as denoiser(x, t) with t an int or (B,) int64, or with a level () or (B,);
+               it is left as it is
     example_x  (B, ...) any input on the network's device; the batch size may differ later
     given      what else a conditional network is called with, such as the token ids (1, L) of a caption
     Weights (and a schedule inside the network) are copied as they are now: call `fast` again after they change. Where
@@ -31,7 +32,8 @@ def fast(denoiser: nn.Module, example_x: Tensor, *given: Tensor) -> Callable[...
         return denoiser
 
     def fast_denoiser(x: Tensor, t: int | Tensor, *given: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        tangents = (torch.autograd.forward_ad.unpack_dual(v).tangent for v in (x, t) if isinstance(v, Tensor))
+        if torch.is_grad_enabled() or any(tangent is not None for tangent in tangents):
             return denoiser(x, t, *given)
         return frozen(x, torch.as_tensor(t).reshape(-1), *given)
 

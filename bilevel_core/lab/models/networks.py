@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ... import schedules
 from ...samplers import x0_source
 from ...schedules import check_abar
 from . import captions, pixels
@@ -25,6 +26,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mnist28": {"side": 28, "channels": (16, 32, 32), "fold": 1},
     "mnist28_folded": {"side": 28, "channels": (32, 64), "fold": 2},
 }
+
+# Scales of levels by their names, and by what the embedding stretches them: the whole range to about 150.
+LEVELS = {schedules.ANGLE.name: 100.0, schedules.LOG_NSR.name: 15.0}
 
 # Channels per level, how many pixels are folded into channels first, and the width of a word.
 TEXT_SIZES: dict[str, dict[str, Any]] = {
@@ -48,18 +52,31 @@ def _unet(side: int, channels: tuple[int, ...], fold: int) -> dict[str, Any]:
 
 
 class Denoiser(nn.Module):
-    """A denoiser `eps_hat = denoiser(x, t)` around diffusers' `UNet2DModel`.
+    """A denoiser `eps_hat = denoiser(x, t)` around diffusers' `UNet2DModel`, or a network for `LevelDenoiser`.
 
     size        one of SIZES
     prediction  what the network's output means: "eps" (noise) or "x0" (clean image, turned into eps with `abar`)
     abar        (T+1,), needed for prediction="x0"
+    told        what its second argument is: "t", or the name of a scale of LEVELS, then a tensor () or (B,)
+    stretch     of a level before the embedding, whose fastest wave turns by one radian a unit: a large one lets the
+                network follow its level closely, a small one keeps it smooth between the levels that it has seen.
+                None: that of LEVELS
+    jitter      standard deviation, in units of the level, of the noise added to what it is told in training
     seed        of the initial weights; torch's global generator is left as it was
-    x is (B, 1, side, side); t an int or (B,) int64, values 1..T: the U-Net gets t - 1, as diffusers counts.
+    x is (B, 1, side, side); t an int or (B,), values 1..T: the U-Net gets t - 1, as diffusers counts.
     No attention: forward-mode derivatives (`torch.func.jvp`) go through.
     """
 
     def __init__(
-        self, size: str = "small", *, prediction: str = "eps", abar: Tensor | None = None, seed: int = 0
+        self,
+        size: str = "small",
+        *,
+        prediction: str = "eps",
+        abar: Tensor | None = None,
+        told: str = "t",
+        stretch: float | None = None,
+        jitter: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         from diffusers import UNet2DModel
@@ -70,6 +87,15 @@ class Denoiser(nn.Module):
             raise ValueError(f"prediction {prediction!r} is not 'eps' or 'x0'")
         if prediction == "x0" and abar is None:
             raise ValueError("prediction = 'x0' needs abar, the schedule that turns the estimate into noise")
+        if told not in ("t", *LEVELS):
+            raise ValueError(f"told {told!r} is not one of t, {', '.join(LEVELS)}")
+        if told != "t" and prediction != "eps":
+            raise ValueError(f"a network told the {told} predicts eps; for x_0 wrap it by guidance.eps_from_x0")
+        if not jitter >= 0 or (stretch is not None and not 0 < stretch < float("inf")):
+            raise ValueError(f"jitter = {jitter} must be at least 0, and stretch = {stretch} positive and finite")
+        if told == "t" and (jitter or stretch is not None):
+            raise ValueError("jitter and stretch are of levels: the network is told t")
+        self.told, self.stretch, self.jitter = told, stretch or LEVELS.get(told), jitter
         shape = SIZES[size]
         self.size, self.prediction = size, prediction
         self.side, self.fold = shape["side"], shape["fold"]
@@ -82,8 +108,15 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         if x.shape[1:] != (1, self.side, self.side):
             raise ValueError(f"x has shape {tuple(x.shape)}, but {self.size} takes (B, 1, {self.side}, {self.side})")
+        if self.told == "t":
+            time = t - 1
+        else:
+            level = t.reshape(-1)  # torch's forward mode makes float64 of a scaled float32 ()
+            time = self.stretch * (
+                level + self.jitter * torch.randn_like(level) if self.jitter and self.training else level
+            )
         folded = functional.pixel_unshuffle(x, self.fold)
-        output = functional.pixel_shuffle(self.unet(folded, t - 1).sample, self.fold)
+        output = functional.pixel_shuffle(self.unet(folded, time).sample, self.fold)
         if self.prediction == "eps":
             return output
         abar_t = torch.as_tensor(self.abar, device=x.device)[t].reshape(-1, 1, 1, 1)

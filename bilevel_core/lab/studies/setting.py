@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ... import distances
+from ... import distances, schedules
 from ...algorithms import ScoreTraining, train_score
-from ...guidance import CostMeter
+from ...guidance import CostMeter, LevelDenoiser
 from ...samplers import draw_x_T, sample_ddim, timesteps
 from ...seeds import derive_seed
 from .. import data, metrics
@@ -67,9 +67,18 @@ def train_denoiser(
     path: Path,
     start: dict[str, Tensor] | None = None,
     bar: str | None = None,
+    scale: schedules.Scale | None = None,
+    **options: float,
 ) -> ScoreTraining:
-    """`recipe` on images x0, resumable at `path`; weights begin at random, or as the state dict `start` has them."""
-    network = networks.Denoiser(size, seed=seed).to(x0.device)
+    """`recipe` on images x0, resumable at `path`; weights begin at random, or as the state dict `start` has them.
+
+    scale  None: a network that is told t. Or on which it is told the level of abar_t, as a `LevelDenoiser`
+    options   of `networks.Denoiser`, such as stretch and jitter
+    """
+    told = "t" if scale is None else scale.name
+    network = networks.Denoiser(size, told=told, seed=seed, **options).to(x0.device)
+    if scale is not None:
+        network = LevelDenoiser(network, abar.to(x0.device), scale)
     if start is not None:
         network.load_state_dict(start)
     state = recipe(network, steps=steps, batch_size=batch_size, seed=seed)

@@ -197,6 +197,64 @@ def test_a_class_or_table_that_does_not_fit_is_refused():
         adapters.to_diffusers(SD_BETAS)
 
 
+# ---------------------------------------------------------------- grids of levels
+
+
+def free_grid(n, seed=0):
+    """Some grid, uneven, (n+1,)."""
+    z = torch.randn(n + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return schedules.grid_abar(z, ends=(0.05, 1.54))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 10, 20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_second_order_is_that_of_diffusers_on_a_free_grid(steps, seed):
+    grid, x = free_grid(steps, seed), start(500)
+    scheduler, denoiser = adapters.to_diffusers(grid, diffusers.DPMSolverMultistepScheduler), MIXTURE.denoiser(grid)
+    scheduler.set_timesteps(steps)
+    theirs, ts = x, list(range(steps, 0, -1))
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(denoiser(theirs, int(t) + 1), t, theirs).prev_sample
+    ours = samplers.sample_dpm(denoiser, x, grid, ts)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+    first = samplers.sample_ddim(denoiser, x, grid, ts)
+    assert (ours - first).abs().max() > 0.02 or (steps == 2 and torch.allclose(ours, first))
+
+
+def test_a_grid_becomes_the_timesteps_of_second_order_and_the_sigmas_of_euler():
+    grid, x, denoiser = free_grid(6), start(500), MIXTURE.denoiser(ABAR)
+    options = adapters.grid_to_diffusers(grid, ABAR)
+    second = made("DPMSolverMultistep")
+    second.set_timesteps(timesteps=options["timesteps"])
+    y, ts = x, [t + 1 for t in options["timesteps"]]
+    assert second.timesteps.tolist() == options["timesteps"] and ts == sorted(ts, reverse=True)
+    levels, nearest = schedules.angle(ABAR[1:]), schedules.angle(grid[1:]).flip(0)
+    assert [int((levels - one).abs().argmin()) + 1 for one in nearest] == ts
+    for t in second.timesteps:
+        y = second.step(denoiser(y, int(t) + 1), t, y).prev_sample
+    torch.testing.assert_close(y, samplers.sample_dpm(denoiser, x, ABAR, ts), rtol=0, atol=2e-5)
+
+    euler, exact_there = made("EulerDiscrete"), MIXTURE.denoiser(grid)
+    euler.set_timesteps(sigmas=options["sigmas"])
+    assert len(euler.timesteps) == 6 and euler.sigmas[-1] == 0
+    y = x * (euler.sigmas[0] ** 2 + 1) ** 0.5  # it starts at N(0, I) in units of sigma; ours is x over that root
+    for i, t in enumerate(euler.timesteps):
+        y = euler.step(exact_there(euler.scale_model_input(y, t), 6 - i), t, y).prev_sample
+    ours = samplers.sample_ddim(exact_there, x, grid, list(range(6, 0, -1)))
+    torch.testing.assert_close(y, ours, rtol=0, atol=2e-5)
+
+
+def test_a_grid_that_the_schedule_cannot_say_is_refused():
+    close = torch.tensor([1.0, 0.5, 0.4999, 0.1], dtype=torch.float64)
+    with pytest.raises(ValueError, match="must descend within 1..T = 1000"):
+        adapters.grid_to_diffusers(close, ABAR)
+    beyond = torch.tensor([1.0, 0.5, 1e-6], dtype=torch.float64)
+    with pytest.raises(ValueError, match="must descend within 1..T = 1000"):
+        adapters.grid_to_diffusers(beyond, SD_TABLE)
+    with pytest.raises(ValueError, match="abar must fall"):
+        adapters.grid_to_diffusers(torch.tensor([1.0, 0.5, 0.7]), ABAR)
+
+
 # ---------------------------------------------------------------- zero terminal SNR
 
 

@@ -85,3 +85,23 @@ def test_steps_aside_with_a_note():
         assert fast(denoiser.eval(), x.to("meta")) is denoiser
     with pytest.raises(ValueError, match=r"training mode; call denoiser.eval\(\)"):
         fast(denoiser.train(), x)
+
+
+def test_networks_told_the_level_as_they_are_and_on_a_schedule():
+    """Recorded with a whole number, called with any level; a tangent of the level alone is not lost."""
+    network = networks.Denoiser("tiny", told="angle", stretch=20.0).eval().requires_grad_(False)
+    x, grid = images(network, 3), ABAR[[0, 10, 40, 90]]
+    on_grid, quick = guidance.LevelDenoiser(network, grid), fast(network, x)
+    recorded = [fast(on_grid, x), guidance.LevelDenoiser(quick, grid)]
+    assert quick is not network and recorded[0] is not on_grid
+    with torch.no_grad():
+        for level in (torch.tensor(0.37), torch.tensor([0.1, 0.37, 1.5])):
+            torch.testing.assert_close(quick(x, level), network(x, level), atol=2e-5, rtol=1e-4)
+        for each in recorded:
+            for t in (2, torch.tensor([1, 2, 3])):
+                torch.testing.assert_close(each(x, t), on_grid(x, t), atol=2e-5, rtol=1e-4)
+        found, wanted = (
+            torch.func.jvp(lambda v, f=f: f(x, v), (torch.tensor(0.37),), (torch.tensor(1.0),))[1]
+            for f in (quick, network)
+        )
+        assert wanted.abs().max() > 0 and torch.equal(found, wanted)

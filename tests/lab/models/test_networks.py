@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bilevel_core.lab import data, places
+from bilevel_core import guidance, schedules
+from bilevel_core.lab import data, levels, places
 from bilevel_core.lab.models import classifiers, networks
 
 PARAMETERS = {"tiny": 70_000, "small": 270_000, "mnist28": 265_000, "mnist28_folded": 640_000}  # at most
@@ -209,3 +210,69 @@ def test_training_repeats_and_learns():
 def test_cards_are_plain_json():
     for name in networks.CLASSIFIERS:
         json.dumps(networks.classifier_card(name), allow_nan=False)
+
+
+# ---------------------------------------------------------------- told the level
+
+
+@pytest.mark.parametrize("told", sorted(networks.LEVELS))
+def test_a_network_told_the_level(told):
+    network = networks.Denoiser("tiny", told=told).eval()
+    x, level = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 0.7, 1.4])
+    with torch.no_grad():
+        mixed = network(x, level)
+        torch.testing.assert_close(network(x[1:2], torch.tensor(0.7)), mixed[1:2], atol=1e-5, rtol=1e-5)
+        assert torch.equal(mixed, network.unet(x, networks.LEVELS[told] * level).sample)
+        assert not torch.equal(networks.Denoiser("tiny", told=told, stretch=20.0).eval()(x, level), mixed)
+        plain = networks.Denoiser("tiny").eval()
+        torch.testing.assert_close(plain(x, networks.LEVELS[told] * level + 1), mixed, atol=1e-5, rtol=1e-5)
+
+
+def test_derivatives_go_through_the_level_and_the_embedding():
+    network = networks.Denoiser("tiny", told="angle", stretch=3.0).double().requires_grad_(False).eval()
+    x, level = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda v: network(x, v), (level,), (torch.ones_like(level),))
+    h = 1e-3  # the embedding is in single precision
+    finite = (network(x, level + h) - network(x, level - h)) / (2 * h)
+    assert tangent.abs().max() > 0
+    torch.testing.assert_close(tangent, finite, atol=1e-3 * tangent.abs().max().item(), rtol=1e-2)
+
+
+def test_jitter_is_noise_on_the_level_in_training_alone():
+    network, x, level = (
+        networks.Denoiser("tiny", told="angle", jitter=0.1),
+        torch.randn(64, 1, 8, 8),
+        torch.full((64,), 0.7),
+    )
+    seen = []
+    network.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    torch.manual_seed(0)
+    network.train()(x, level)
+    torch.manual_seed(0)
+    torch.testing.assert_close(seen[0], 100 * (level + 0.1 * torch.randn(64)))
+    network.eval()(x, level)
+    assert torch.equal(seen[1], 100 * level)
+
+
+def test_networks_are_told_what_they_were_made_for():
+    for options, said in (
+        ({"told": "noise"}, "told 'noise' is not one of t, angle, log_nsr"),
+        ({"told": "angle", "prediction": "x0", "abar": cosine_abar()}, "told the angle predicts eps"),
+        ({"told": "angle", "jitter": -0.1}, "jitter = -0.1 must be at least 0"),
+        ({"told": "angle", "stretch": 0.0}, "stretch = 0.0 positive"),
+        ({"jitter": 0.1}, "jitter and stretch are of levels: the network is told t"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            networks.Denoiser("tiny", **options)
+    with pytest.raises(ValueError, match="the network is told the t, but the scale is the angle"):
+        guidance.LevelDenoiser(networks.Denoiser("tiny"), cosine_abar())
+    with pytest.raises(ValueError, match="the network is told the angle, but the scale is the log_nsr"):
+        guidance.LevelDenoiser(networks.Denoiser("tiny", told="angle"), cosine_abar(), schedules.LOG_NSR)
+    own = cosine_abar()
+    for nearest in (False, True):  # a network told t, on its own table and another
+        told = guidance.LevelDenoiser(networks.Denoiser("tiny"), own, levels.time_scale(own, nearest)).eval()
+        x = torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(told(x, 7), told.network(x, 7), atol=1e-5, rtol=1e-5)
+            both = told.on(own[[0, 2, 7]])(x, torch.tensor([1, 2]))
+            torch.testing.assert_close(both, told.network(x, torch.tensor([2, 7])), atol=1e-5, rtol=1e-5)

@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 
-from bilevel_core import schedules
-from bilevel_core.lab import files
+from bilevel_core import guidance, schedules
+from bilevel_core.algorithms import train_score
+from bilevel_core.lab import files, levels
+from bilevel_core.lab.models import networks
 from bilevel_core.lab.studies import sampling_quality, setting
 
 ABAR = schedules.abar(torch.tensor([0.0, 0.98, 1.0, 0.008], dtype=torch.float64), 20)
@@ -61,3 +63,27 @@ def test_a_small_study_has_all_rows_and_resumes(tmp_path):
     assert study() == rows
     assert study(seeds=1, first=1) == rows[2:]  # the seeds from 1 on, of the same pieces
     assert {row["seed"] for row in study(seeds=2, first=2)} == {2, 3}
+
+
+def test_a_denoiser_told_the_level_is_trained_on_a_broad_table_and_refused_as_another(tmp_path):
+    x0 = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    table = levels.Density().abar(50)
+    sizes = {"steps": 3, "batch_size": 4, "seed": 1, "path": tmp_path / "run"}
+
+    def run(scale=schedules.ANGLE, **options):
+        return setting.train_denoiser(x0, table, "tiny", **sizes, scale=scale, **options)
+
+    state, net = run(jitter=0.01), networks.Denoiser("tiny", told="angle", seed=1, jitter=0.01)
+    assert state.step == 3 and state.ema.module.seen == tuple(schedules.angle(table[[1, -1]]).tolist())
+    plain = setting.recipe(guidance.LevelDenoiser(net, table), steps=3, batch_size=4, seed=1)
+    list(train_score(plain, x0, table, steps=3))
+    assert all(torch.equal(a, b) for a, b in zip(plain.denoiser.parameters(), state.denoiser.parameters(), strict=True))
+    before = networks.Denoiser("tiny", told="angle", seed=1).unet.state_dict()
+    assert any(not torch.equal(w, before[name]) for name, w in net.unet.state_dict().items())
+    for scale in (schedules.LOG_NSR, None):
+        with pytest.raises(ValueError, match="does not fit this run: the saved run has other weights"):
+            run(scale)
+    with pytest.raises(ValueError, match="the saved run has other data or schedule"):
+        setting.train_denoiser(x0, levels.Density(s=0.4).abar(50), "tiny", **sizes, scale=schedules.ANGLE)
+    images = setting.generate(state.ema.module.on(ABAR[[0, 3, 11]]), ABAR[[0, 3, 11]], [2, 1], 5, 8, eta=0.0, seed=0)
+    assert images.shape == (5, 1, 8, 8) and torch.isfinite(images).all()
