@@ -307,6 +307,50 @@ def test_merge_wants_three_whole_seeds_and_no_smoke(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def other(work, name, result, commit=COMMIT, settings=None):
+    """A finished piece of another kind, as a GPU would leave it."""
+    own = results.provenance() | {"commit": commit, "dirty": False, "driver": "580.1", "switches": {}}
+    own["hardware"] = own["hardware"] | {"gpu": "A card"}
+    config = {"name": name, "smoke": False, "settings": settings or {}, "code": "some"}
+    path = plan.path_of(work, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"config": config, "provenance": own, "result": result, "wall_s": 3.0}))
+
+
+def test_merge_takes_chosen_pieces_of_several_packs_the_first_first(tmp_path, capsys):
+    """What one pack lacks comes from the next; pieces of other parameters may be left aside, and are named if not."""
+    failure = {"tests.test_x": "def test_x():\n>  assert a\nE  AssertionError: far\nE    off by 2"}
+    checked = {"passed": 30, "skipped": 0, "failures": failure, "seconds": {}}
+    other(tmp_path / "a", "checks", checked)
+    other(tmp_path / "b", "checks", checked | {"passed": 25}, "f" * 40)
+    options = {"side": 512, "dtype": "float16"}
+    measured = {"weights": 2.3, "step": 0.0, "peak": 5.9, "plain": 0.05, "seconds": 0.27}
+    other(tmp_path / "b", "sd15-512-float16", {"options": options, "measured": measured}, "f" * 40, options)
+    other(tmp_path / "b", "race28-cosine-0", {"rows": [], "searches": []}, "f" * 40, {"final_steps": 1})
+    packs = []
+    for name in "ab":
+        at = tmp_path / name
+        plan.pack([piece(path.stem) for path in (at / "pieces").glob("*.json")], at, at / "pack")
+        packs.append(at / "pack")
+    with pytest.raises(ValueError, match="race28-cosine-0 .* commit that made it, ffffffffffff, or .* --only"):
+        merge.merge(tmp_path / "work", packs, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    arguments = ["merge", "--work", str(tmp_path / "new"), "--results", str(tmp_path / "results")]
+    assert command.main([*arguments, "--from", *map(str, packs), "--only", "checks", "sd15-*"]) == 0
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == {"checks_full", "08_memory_full"}
+    found = results.read_result("checks_full", tmp_path / "results")
+    assert found["data"] == {
+        "passed": 30,
+        "skipped": 0,
+        "failed": {"tests.test_x": ["AssertionError: far", "off by 2"]},
+    }
+    assert found["provenance"]["commit"] == COMMIT
+    (row,) = results.read_result("08_memory_full", tmp_path / "results")["data"]["rows"]
+    assert row["measured"] == measured and row["counted"]["peak"] == pytest.approx(5.2, abs=0.1)
+    assert command.main([*arguments, "--only", "nothing"]) == 2
+    assert "no pieces called nothing in" in capsys.readouterr().err
+
+
 def test_merge_says_that_a_piece_came_from_an_altered_tree(tmp_path):
     made(tmp_path, seeds=(0, 1))
     made(tmp_path, seeds=(2,), dirty=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,26 @@ from . import pieces, plan
 NEEDED = (*schedule_race.FIXED, "grid", "random", "Bayesian", "Algorithm 6")  # what the report's claims compare
 
 
-def merge(work: Path, source: Path | None = None, directory: str | Path | None = None) -> list[Path]:
+def merge(
+    work: Path,
+    sources: Sequence[Path] = (),
+    directory: str | Path | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Path]:
     """Writes what the pieces suffice for and returns the paths; says of the rest what is missing.
 
-    source  a pack to unpack first.  Raises ValueError where there are smoke pieces, or nothing to write.
+    sources  packs to unpack first: of a piece that several hold, the first counts, and what `work` holds before all
+    only     names of the pieces that are merged (* stands for anything), None: all
+    Raises ValueError where there are smoke pieces, pieces of other parameters, or nothing to write.
     """
-    if source:
+    for source in sources:
         plan.unpack(source, work)
     found = {path.stem: json.loads(path.read_text()) for path in sorted((work / "pieces").glob("*.json"))}
+    if only is not None:
+        found = {name: piece for name, piece in found.items() if any(fnmatch.fnmatch(name, own) for own in only)}
     if not found:
-        raise ValueError(f"no pieces in {work}: run `make gpu` first, or name a pack by --from")
+        named = f" called {' or '.join(only)}" if only else ""
+        raise ValueError(f"no pieces{named} in {work}: run `make gpu` first, or name a pack by --from")
     smoke = [name for name, piece in found.items() if piece["config"]["smoke"]]
     if smoke:
         raise ValueError(
@@ -32,11 +43,13 @@ def merge(work: Path, source: Path | None = None, directory: str | Path | None =
     wanted = {piece.name: piece for piece in pieces.all_pieces()}
     for name, piece in found.items():
         if name not in wanted or piece["config"]["settings"] != plan.identity(wanted[name], False)["settings"]:
+            commit = str(piece["provenance"]["commit"])[:12]
             raise ValueError(
-                f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it"
+                f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it, "
+                f"{commit}, or merge others by --only"
             )
     written = []
-    for write in (_race, _memory, _speed):
+    for write in (_checks, _memory, _speed, _race):
         path = write(found, directory)
         if path:
             written.append(path)
@@ -112,6 +125,31 @@ def _seeds(part: Mapping[str, Any]) -> set[int]:
     return {row["seed"] for row in part["result"].get("rows", ())}
 
 
+def _checks(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """How many tests passed on the device, and what the others said."""
+    name = "checks_full"
+    if "checks" not in found:
+        return _say(name, "the piece checks is missing")
+    part = found["checks"]
+    data = {key: part["result"][key] for key in ("passed", "skipped")}
+    data["failed"] = {
+        test: [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+        for test, text in part["result"]["failures"].items()
+    }
+    return results.write_result(
+        name,
+        "full",
+        data,
+        {},
+        seeds=[0],
+        wall_s=part["wall_s"],
+        cost=0,
+        protocol="the tests of tests/gpu marked cuda, each against the CPU's numbers, without TF32",
+        ran=ran([part]),
+        directory=directory,
+    )
+
+
 def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
     """Chapter 8's table of memory, measured on the GPU at full size, with a capped sample, particles and stages."""
     name, parts = "08_memory_full", {key: part for key, part in found.items() if key.startswith("sd15-")}
@@ -129,13 +167,10 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
         if f"sd15-{key}" in parts:
             data[key] = parts[f"sd15-{key}"]["result"]
     data["stages"] = [parts[key]["result"] for key in sorted(parts) if key.startswith("sd15-stages")]
-    if "checks" in found:
-        checks = found["checks"]["result"]
-        data["checks"] = {key: checks[key] for key in ("passed", "skipped", "failures")}
     protocol = {
         "model": "Stable Diffusion 1.5, random weights; ViT-B/16 reward",
         "counted": "of 08_memory: bytes alive, one guided step on fake tensors, CPU kernels",
-        "measured": "median of three steps after the first weights; peak is that of torch's allocator",
+        "measured": "median of three steps; peak is what torch's allocator held at most",
         "cap": f"torch may take {pieces.CAP:g} GB in the sample's process",
     }
     return results.write_result(
