@@ -337,8 +337,8 @@ def test_merge_takes_chosen_pieces_of_several_packs_the_first_first(tmp_path, ca
     assert not (tmp_path / "results").exists()
     arguments = ["merge", "--work", str(tmp_path / "new"), "--results", str(tmp_path / "results")]
     assert command.main([*arguments, "--from", *map(str, packs), "--only", "checks", "sd15-*"]) == 0
-    assert {path.stem for path in (tmp_path / "results").iterdir()} == {"checks_full", "08_memory_full"}
-    found = results.read_result("checks_full", tmp_path / "results")
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == {"08_checks_full", "08_memory_full"}
+    found = results.read_result("08_checks_full", tmp_path / "results")
     assert found["data"] == {
         "passed": 30,
         "skipped": 0,

@@ -127,7 +127,7 @@ def _seeds(part: Mapping[str, Any]) -> set[int]:
 
 def _checks(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
     """How many tests passed on the device, and what the others said."""
-    name = "checks_full"
+    name = "08_checks_full"
     if "checks" not in found:
         return _say(name, "the piece checks is missing")
     part = found["checks"]
@@ -189,7 +189,7 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
 
 def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
     """Training throughput of the 28x28 network."""
-    name = "throughput_full"
+    name = "07_throughput_full"
     if "throughput" not in found:
         return _say(name, "the piece throughput is missing")
     part = found["throughput"]
