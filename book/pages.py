@@ -78,14 +78,26 @@ def belongs(result: str, names: Sequence[str]) -> str | None:
     return next(iter(whole or same), None)
 
 
-def full_runs(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Notebook -> the record of its full run on a GPU; only what was really run is there."""
-    return {
-        name: record
-        for record in records
-        if record["tier"] == "full" and record["provenance"]["hardware"]["gpu"]
-        if (name := belongs(record["name"], names))
-    }
+def full_runs(
+    records: Iterable[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, list[Mapping[str, Any]]]]:
+    """What was really run on a GPU: notebook -> the record of its profile `full`; notebook -> those of parts of it."""
+    whole: dict[str, Mapping[str, Any]] = {}
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        made, name = record["provenance"], belongs(record["name"], names)
+        if record["tier"] != "full" or not made["hardware"]["gpu"] or not name:
+            continue
+        if made["parameters"].get("PROFILE") == "full":
+            whole[name] = record
+        else:
+            parts.setdefault(name, []).append(record)
+    return whole, parts
+
+
+def cards(records: Iterable[Mapping[str, Any]]) -> str:
+    """The GPUs that results were made on."""
+    return ", ".join(sorted({record["provenance"]["hardware"]["gpu"] for record in records}))
 
 
 # ---------------------------------------------------------------- the map of the chapters
@@ -101,18 +113,24 @@ def duration(seconds: float) -> str:
 def chapter_map(
     listed: Sequence[Chapter],
     status: Mapping[str, Any],
-    full: Mapping[str, Mapping[str, Any]],
+    full: tuple[Mapping[str, Mapping[str, Any]], Mapping[str, Sequence[Mapping[str, Any]]]],
     judged: Mapping[str, Mapping[str, int]],
     badge: Callable[[str], str],
 ) -> str:
-    """Markdown for book/index.md: a card for each chapter. badge: name -> Markdown of its badge, or nothing."""
+    """Markdown for book/index.md: a card for each chapter.
+
+    full: as `full_runs` returns it;  badge: name -> Markdown of its badge, or nothing
+    """
     lines = [":::::{grid} 1 1 2 2", ":gutter: 3", ":class-container: chapter-map", ""]
     linked = any(chapter.name == REPORT for chapter in listed)
+    whole, parts = full
     for chapter in listed:
         gpu = NOT_RUN
-        if chapter.name in full:
-            made = full[chapter.name]["provenance"]
+        if chapter.name in whole:
+            made = whole[chapter.name]["provenance"]
             gpu = f"{duration(made['wall_s'])} on {made['hardware']['gpu']}"
+        elif chapter.name in parts:
+            gpu = f"{NOT_RUN} as a whole, [in parts](status.md) on {cards(parts[chapter.name])}"
         cpu = f"{duration(status['seconds'][chapter.name])} ({status['profile']})"
         foot = [f"**CPU** {cpu} · **GPU** {gpu}"]
         said = counted(judged.get(chapter.name))
@@ -200,14 +218,25 @@ def status_page(
     """Markdown for book/status.md. others: status of builds at other profiles on the same machine."""
     names = [chapter.name for chapter in listed]
     parts = [_made(status), _notebooks(status, listed), _speed(status, others, names), _recorded(records)]
-    full = full_runs(records, names)
+    whole, some = full_runs(records, names)
+
+    def ran(record: Mapping[str, Any]) -> str:
+        return f"{record['provenance']['date'][:10]}, {record['provenance']['hardware']['gpu']}"
+
     rows = []
     for name in names:
-        made = full[name]["provenance"] if name in full else None
-        rows.append([name, f"{made['date'][:10]}, {made['hardware']['gpu']}" if made else NOT_RUN])
-    parts.append("## Full runs\n\nThe profile `full` on a GPU, with provenance:\n\n")
-    parts[-1] += table(["Notebook", "Run"], rows, left=2)
+        measured = [f"{_breakable(record['name'])} ({ran(record)})" for record in some.get(name, ())]
+        rows.append([name, ran(whole[name]) if name in whole else NOT_RUN, ", ".join(measured) or "–"])
+    parts.append(
+        "## Full runs\n\nThe profile `full` on a GPU, with provenance; and what was measured on one apart from it: "
+        "[a plan](running.md) of pieces that need minutes.\n\n"
+    )
+    parts[-1] += table(["Notebook", "Run", "In parts"], rows, left=3)
     return "\n\n".join(part for part in parts if part)
+
+
+def _breakable(name: str) -> str:
+    return name.replace("_", "_<wbr>")
 
 
 def _made(status: Mapping[str, Any]) -> str:
@@ -262,7 +291,7 @@ def _recorded(records: Sequence[Mapping[str, Any]]) -> str:
         hardware, commit = made["hardware"], made["commit"] or "unknown"
         rows.append(
             [
-                record["name"].replace("_", "_<wbr>"),
+                _breakable(record["name"]),
                 record["tier"],
                 made["date"][:10],
                 f"`{commit[:7]}`" + (" (changed)" if made["dirty"] else ""),
