@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parameters, results
-from ..studies import schedule_race
+from ..studies import memory, schedule_race
 from . import pieces, plan
 
 NEEDED = (*schedule_race.FIXED, "grid", "random", "Bayesian", "Algorithm 6")  # what the report's claims compare
@@ -155,11 +155,12 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
     name, parts = "08_memory_full", {key: part for key, part in found.items() if key.startswith("sd15-")}
     recorded = results.read_result("08_memory")["data"]["rows"]
     counts = [({k: v for k, v in row.items() if k not in ("counted", "measured")}, row["counted"]) for row in recorded]
+    measured = [part["result"] for part in parts.values() if "measured" in part["result"]]
+    order = [options for options, _ in memory.SETTINGS]
     rows = []
-    for found_one in (part["result"] for part in parts.values() if "measured" in part["result"]):
-        options = found_one["options"]
-        counted = next((count for its, count in counts if its == options), None)
-        rows.append(options | {"counted": counted, "measured": found_one["measured"]})
+    for one in sorted(measured, key=lambda one: order.index(one["options"])):
+        counted = next((count for its, count in counts if its == one["options"]), None)
+        rows.append(one["options"] | {"counted": counted, "measured": one["measured"]})
     if not rows:
         return _say(name, "no setting of Stable Diffusion is measured")
     data: dict[str, Any] = {"rows": rows, "device": "cuda"}
