@@ -12,6 +12,8 @@ import torch
 from .. import places
 from . import merge, pieces, plan, wheels
 
+LANES = 5  # more do not help: a card serves one process at a time, and a few keep it busy
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bilevel_core.lab.gpu", description=plan.__doc__)
@@ -60,11 +62,15 @@ def _do(args: argparse.Namespace, work: Path) -> int:
         return 0
     for source in args.sources:
         print(f"{plan.unpack(Path(source), work)} files taken from {source}")
+    lanes = args.lanes or (1 if args.smoke else LANES if args.dry else max(1, min(LANES, (os.cpu_count() or 2) // 2)))
     if args.dry:
-        print(plan.table(chosen, plan.finished(chosen, work, args.smoke, args.keep)))
+        there = plan.finished(chosen, work, args.smoke, args.keep)
+        print(plan.table(chosen, there, lanes, args.minutes))
+        end = pieces.race_ends(plan.forecast(chosen, there, lanes), there)
+        if end < float("inf"):
+            print(f"three repetitions of the race are whole in minute {end:.1f}")
         return 0
     out = Path(args.out or os.environ.get("OUT") or work / "pack").resolve()
-    lanes = args.lanes or (1 if args.smoke else max(1, min(6, (os.cpu_count() or 2) // 2)))
     state = plan.run(chosen, minutes=args.minutes, work=work, out=out, smoke=args.smoke, lanes=lanes, keep=args.keep)
     return 1 if "failed" in state.values() else 0
 

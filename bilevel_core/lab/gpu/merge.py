@@ -12,8 +12,6 @@ from .. import parameters, results
 from ..studies import memory, schedule_race
 from . import pieces, plan
 
-NEEDED = (*schedule_race.FIXED, "grid", "random", "Bayesian", "Algorithm 6")  # what the report's claims compare
-
 
 def merge(
     work: Path,
@@ -57,14 +55,16 @@ def merge(
 
 
 def ran(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The provenance of pieces together: that of the last, altered if any was, with every other commit and machine."""
+    """The provenance of pieces together: that of the last, altered if any was, with every commit and card, and seconds
+    of each piece."""
     each = sorted((part["provenance"] for part in parts), key=lambda one: one["date"])
     last = dict(each[-1])
     commits = sorted({str(one["commit"]) for one in each})
     cards = sorted({f"{one['hardware']['gpu']}, driver {one['driver']}" for one in each})
     dirty = [one["dirty"] for one in each]
     last["dirty"] = True if any(dirty) else None if None in dirty else False
-    return last | {"commits": commits, "cards": cards, "first": each[0]["date"]}
+    seconds = {part["config"]["name"]: part["wall_s"] for part in parts}
+    return last | {"commits": commits, "cards": cards, "first": each[0]["date"], "pieces": seconds}
 
 
 def _say(name: str, why: str) -> None:
@@ -80,9 +80,11 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
     for row in rows:
         if row["budget"] == "final":
             have.setdefault(row["seed"], set()).add(row["method"])
-    seeds = sorted(seed for seed, methods in have.items() if methods >= set(NEEDED))
+    seeds = sorted(seed for seed, methods in have.items() if methods >= set(pieces.NEEDED))
     if len(seeds) < 3:
-        missing = {seed: sorted(set(NEEDED) - have.get(seed, set())) for seed in pieces.SEEDS if seed not in seeds}
+        missing = {
+            seed: sorted(set(pieces.NEEDED) - have.get(seed, set())) for seed in pieces.SEEDS if seed not in seeds
+        }
         return _say(name, f"three seeds need every method; missing are {missing}")
     # In the order of chapter 7's own run: a method for which a seed is missing is left out, that pairs stay pairs.
     kinds = {(row["method"], row["budget"]) for row in rows}
@@ -100,7 +102,10 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
     trained = {(row["method"], row["budget"], row["seed"]): row["train_cost"] for row in rows}
     cost = sum(trained.values()) + sum(row["cost"] for row in rows) + sum(one["cost"] for one in searches)
     race = schedule_race.Race(pieces.RACE, Path())
-    protocol = race.protocol() | {"switches": used[0]["provenance"]["switches"]}
+    switches = [part["provenance"]["switches"] for part in used]
+    if any(other != switches[0] for other in switches):
+        raise ValueError(f"pieces of the race ran with several switches of torch, {switches}: leave some out by --only")
+    protocol = race.protocol() | {"switches": switches[0]}
     P = parameters.read_profile("07_noise_schedule_mnist", "full")
     own = pieces.RACE
     P |= {"study_seeds": len(seeds), "ablation_seeds": 0, "study_name": own.name, "T": own.T, "trials": own.trials}
@@ -122,7 +127,8 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
 
 
 def _seeds(part: Mapping[str, Any]) -> set[int]:
-    return {row["seed"] for row in part["result"].get("rows", ())}
+    found = part["result"]
+    return {row["seed"] for row in (*found.get("rows", ()), *found.get("searches", ()), found) if "seed" in row}
 
 
 def _checks(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
@@ -193,8 +199,9 @@ def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | Non
     name = "07_throughput_full"
     if "throughput" not in found:
         return _say(name, "the piece throughput is missing")
-    part = found["throughput"]
-    data = {key: value for key, value in part["result"].items() if key != "said"}
+    parts = {key: part for key, part in found.items() if key.startswith("throughput")}
+    data = {key: value for key, value in parts["throughput"]["result"].items() if key != "said"}
+    data |= {key.removeprefix("throughput-"): part["result"] for key, part in parts.items() if "-" in key}
     protocol = {
         "step": "forward, backward, AdamW on random data; ours: train_score with its moving average, batch by batch",
         "flops": "torch.utils.flop_counter, forward and backward",
@@ -207,9 +214,9 @@ def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | Non
         data,
         {"size": data["size"]},
         seeds=[0],
-        wall_s=part["wall_s"],
+        wall_s=sum(part["wall_s"] for part in parts.values()),
         cost=0,
         protocol=protocol,
-        ran=ran([part]),
+        ran=ran(list(parts.values())),
         directory=directory,
     )
