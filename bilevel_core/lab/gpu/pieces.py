@@ -376,7 +376,8 @@ def throughput(
     """Training steps of the 28x28 network: images and FLOP a second, beside what the card can do.
 
     "rows": a row each, with "share" of the rate of a large product, and "roofline": how much of the time is due where
-    every operation moves its tensors and computes at the card's best; "ours" is `train_score` as it is, and with its
+    every operation of the float32 network moves its tensors and computes at the card's best, and the same for that in
+    bfloat16; "ours" is `train_score` as it is, and with its
     forward and backward passes recorded, as the race trains.
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -389,15 +390,17 @@ def throughput(
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     try:
         for batch in batches:
-            with FlopCounterMode(display=False) as counter, Traffic() as moved:
-                _trainer(size, batch, device)()
-            flops = counter.get_total_flops()
-            due = max(flops / product, moved.bytes / bandwidth)
+            due = {}
+            for key, half in (("roofline", False), ("roofline_bfloat16", True)):
+                with FlopCounterMode(display=False) as counter, Traffic() as moved:
+                    _trainer(size, batch, device, weights=half)()
+                flops = counter.get_total_flops()
+                due[key] = max(flops / product, moved.bytes / bandwidth)
 
-            def add(name: str, seconds: float, batch: int = batch, flops: int = flops, due: float = due) -> None:
+            def add(name: str, seconds: float, batch: int = batch, flops: int = flops, due: dict = due) -> None:
                 row = {"variant": name, "batch": batch, "seconds": seconds, "images_per_s": batch / seconds}
-                row |= {"flop_per_s": flops / seconds, "share": flops / seconds / product, "roofline": due / seconds}
-                rows.append(row | {"flops": flops})
+                row |= {"flop_per_s": flops / seconds, "share": flops / seconds / product, "flops": flops}
+                rows.append(row | {key: value / seconds for key, value in due.items()})
 
             for name, options in variants.items():
                 if options.get("graph") and not gpu:
