@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import nbformat
 
 from bilevel_core.lab import report
+from bilevel_core.lab.gpu import pieces
 
 NOT_RUN = "not yet run"
 REPORT = "10_reproduction_report"
@@ -198,6 +199,46 @@ def citation(cff: Mapping[str, Any], url: str | None = None) -> str:
     plain = f"> {', '.join(people)}. *{paper['title']}.* {paper['conference']['name']}, {paper['year']}. {venue}, "
     plain += f"{paper['start']}–{paper['end']}. [{paper['url'].removeprefix('https://')}]({paper['url']})"
     return plain + "\n\n```bibtex\n" + "\n\n".join(entries) + "\n```"
+
+
+# ---------------------------------------------------------------- the plan for a GPU
+
+T4 = 14.6  # GiB of it that are free
+
+
+def gpu_plan(records: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown for book/running.md: what each kind of piece takes, by measurement and by estimate."""
+    records = [record for record in records if "pieces" in record["provenance"]]
+    measured = {name: s for record in records for name, s in record["provenance"]["pieces"].items()}
+    gpus = {record["provenance"]["hardware"]["gpu"] for record in records}
+    kinds: dict[str, list[pieces.Piece]] = {}
+    for piece in pieces.all_pieces():
+        run = getattr(piece.run, "func", piece.run)
+        kinds.setdefault(run.__doc__.split("\n")[0].rstrip("."), []).append(piece)
+
+    def span(values: Sequence[float]) -> str:
+        low, high = (f"{value:.0f}" for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    rows = []
+    for about, found in kinds.items():
+        fits = [piece for piece in found if piece.gib <= T4]
+        small = span([60 * piece.minutes * piece.t4 for piece in fits]) if fits else "does not fit"
+        small += f", {len(found) - len(fits)} do not fit" if 0 < len(fits) < len(found) else ""
+        seen = [measured[piece.name] for piece in found if piece.name in measured]
+        named = re.sub(r"(\d)x(\d)", r"\1×\2", about)
+        row = [named, len(found), span([piece.gib for piece in found]), span(seen) if seen else "–"]
+        rows.append([*row, span([60 * piece.minutes for piece in found]), small])
+    where = ", ".join(sorted(gpus)) or "a GPU"
+    head = [
+        "A piece",
+        "How many",
+        "Memory (GiB)",
+        f"Seconds, measured on {where}",
+        "by estimate",
+        "on a T4, by estimate",
+    ]
+    return table(head, rows)
 
 
 # ---------------------------------------------------------------- the status of the build

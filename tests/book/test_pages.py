@@ -128,6 +128,22 @@ def test_the_status_page_tells_all():
     assert "not a git checkout" in pages.status_page(status(commit=None, dirty=None), [], LISTED, [])
 
 
+def test_the_plan_for_a_gpu_is_shown_whole():
+    """Every piece is in a line; what was measured stands beside the estimate, what a T4 cannot hold is said."""
+    from bilevel_core.lab.gpu import pieces
+
+    made = record("08_memory_full", "full", "A GPU")
+    made["provenance"]["pieces"] = {"sd15-512-float16": 2.2, "sd15-512-float32": 31.0}
+    lines = [line.strip("| ").split(" | ") for line in pages.gpu_plan([made, record("01_x", "recorded")]).splitlines()]
+    assert lines[0][3] == "Seconds, measured on A GPU"
+    assert sum(int(line[1]) for line in lines[2:]) == len(pieces.all_pieces())
+    steps = next(line for line in lines if line[0].startswith("A guided step of Stable Diffusion"))
+    assert steps[3] == "2 to 31" and steps[5].endswith(", 2 do not fit")
+    assert next(line[5] for line in lines if line[0].startswith("The five stages")) == "does not fit"
+    assert {line[3] for line in lines if "schedule" in line[0]} == {"–"}
+    assert "measured on a GPU" in pages.gpu_plan([])
+
+
 def test_speed_is_compared_on_one_machine_only():
     quick = status("quick", seconds={"01_one": 30.0, "appendix_two": 5.0})
     text = pages.status_page(status(), [quick], LISTED, [])

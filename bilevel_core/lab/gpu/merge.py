@@ -205,7 +205,7 @@ def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | Non
     protocol = {
         "step": "forward, backward, AdamW on random data; ours: train_score with its moving average, batch by batch",
         "flops": "torch.utils.flop_counter, forward and backward",
-        "roofline": "of the float32 network, and of one in bfloat16 where it is said: the larger of FLOP over the rate of "
+        "roofline": "of the network in float32, and in bfloat16 where it is said: the larger of FLOP over the rate of "
         "a bfloat16 product of 8192 and bytes of all operations over the rate of a copy, as a share of the time taken",
     }
     return results.write_result(

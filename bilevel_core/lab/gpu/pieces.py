@@ -79,7 +79,10 @@ def estimate(steps: int = 0, calls: int = 0, passes: int = 0, rest: float = 0.0)
 
 
 def checks(context: Context) -> dict[str, Any]:
-    """The tests of tests/gpu on the device, by pytest in a process of its own: counts, and the text of failures."""
+    """What runs on a GPU, against the CPU's numbers.
+
+    The tests of tests/gpu by pytest in a process of its own: counts, and the text of failures.
+    """
     folder = places.project_root() / "tests" / "gpu"
     chosen = ["-k", "cpu and ddim"] if context.smoke else ["-m", "cuda"]
     with tempfile.TemporaryDirectory() as place:
@@ -116,7 +119,10 @@ def _clear(device: torch.device) -> None:
 
 
 def setting(context: Context, options: dict[str, Any]) -> dict[str, Any]:
-    """Time and memory of a guided step at one of `memory.SETTINGS`; `merge` sets beside it what chapter 8 counts."""
+    """A guided step of Stable Diffusion in one setting of memory.
+
+    Its time and memory at one of `memory.SETTINGS`; `merge` sets beside it what chapter 8 counts.
+    """
     size = "sd15"
     if context.smoke:
         size, options = "tiny", options | {"side": 32, "reward": None}
@@ -166,7 +172,10 @@ def capped_sample(folder: str, device: str, smoke: bool) -> None:
 
 
 def sample(context: Context) -> dict[str, Any]:
-    """One guided 512x512 sample of Stable Diffusion within CAP GB, for each of PROMPTS."""
+    """Two guided samples of Stable Diffusion under a cap of memory.
+
+    512x512 within CAP GB, for each of PROMPTS, in a process of its own.
+    """
     call = f"capped_sample({str(context.folder)!r}, {str(context.device)!r}, {context.smoke})"
     command = [sys.executable, "-c", f"from bilevel_core.lab.gpu import pieces; pieces.{call}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -179,7 +188,7 @@ def sample(context: Context) -> dict[str, Any]:
 
 
 def particles(context: Context) -> dict[str, Any]:
-    """Seconds and peak memory of a step of guided particles, for several ways to save memory."""
+    """A step of guided particles of Stable Diffusion, in several ways to save memory."""
     steps, n, rows = (2, 2, []) if context.smoke else (4, 4, [])
     reward = rewards.RandomResNet().to(context.device)
     for options in (
@@ -210,7 +219,10 @@ def particles(context: Context) -> dict[str, Any]:
 
 
 def stages(context: Context, prompt: str) -> dict[str, Any]:
-    """The five stages of chapter 8 for a prompt, at 512x512: random weights, so its rewards mean nothing."""
+    """The five stages of chapter 8 for a prompt, at 512x512.
+
+    Weights are random, so rewards mean nothing.
+    """
     n, batch, steps = (20, 4, 2) if context.smoke else (20, 4, 10)
     chain = _chain(context, steps, micro_batch=batch)
     folder = context.folder / "sd15"
@@ -373,8 +385,9 @@ def throughput(
     variants: Mapping[str, dict[str, Any]] = VARIANTS,
     batches: Sequence[int] = (128, 1024, 4096),
 ) -> dict[str, Any]:
-    """Training steps of the 28x28 network: images and FLOP a second, beside what the card can do.
+    """The rate of training at 28x28, beside what the card can do.
 
+    Images and FLOP a second of a step of the network in each of `variants`.
     "rows": a row each, with "share" of the rate of a large product, and "roofline": how much of the time is due where
     every operation of the float32 network moves its tensors and computes at the card's best, and the same for that in
     bfloat16; "ours" is `train_score` as it is, and with its
@@ -462,7 +475,10 @@ def search(context: Context, method: str, seed: int) -> dict[str, Any]:
 
 
 def contest(context: Context, method: str, seed: int, **options: bool) -> dict[str, Any]:
-    """A denoiser trained at the schedule that a method chose, and marked: as `Race.run` lists them."""
+    """A denoiser trained at the schedule that a method chose, and marked.
+
+    As `Race.run` lists them.
+    """
     own = race(context)
     rows = own.final(method, seed, **options)
     name = schedule_race._slug("final", method, seed, *(key * value for key, value in sorted(options.items())))
