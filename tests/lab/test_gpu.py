@@ -297,6 +297,86 @@ def test_wheels_are_pinned_where_the_book_is():
     assert set(pins) == set(wheels.NAMES) and {"diffusers", "optuna", "jsonschema"} <= set(pins)
 
 
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """A pip that leaves files of these names and sizes, and a folder for them."""
+
+    def put(names, size=10, code=0):
+        def run(command, **options):
+            at = Path(command[command.index("--dest") + 1])
+            for name in names:
+                (at / name).write_bytes(b"x" * size)
+            return subprocess.CompletedProcess(command, code, "", "no network")
+
+        monkeypatch.setattr(wheels.subprocess, "run", run)
+
+    return put, tmp_path / "wheels"
+
+
+def test_wheels_are_listed_and_those_for_another_python_refused(pip, capsys, monkeypatch):
+    put, folder = pip
+    names = [f"{name.lower().replace('-', '_')}-1.0-py3-none-any.whl" for name in wheels.NAMES]
+    put(names)
+    monkeypatch.setattr(wheels, "check", lambda found: len(found))
+    monkeypatch.setattr(wheels, "_mine", lambda: (3, 11))
+    assert command.main(["wheels", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "0.00 MB  diffusers-1.0-py3-none-any.whl" in said and "0.00 MB  in all, of 60 allowed" in said
+    assert "not imported: this is Python" in said and "the wheels are for 3.12" in said
+    monkeypatch.setattr(wheels, "_mine", lambda: (3, 12))
+    assert wheels.main(folder) == len(wheels.NAMES)  # as many are imported
+    put([*names, "rpds_py-0.9-cp312-cp312-manylinux_2_17_x86_64.whl"])
+    assert command.main(["wheels", str(folder)]) == 2
+    assert "16 wheels for 15 packages: empty" in capsys.readouterr().err
+    for path in folder.iterdir():
+        path.unlink()
+    put([*names[:-1], "rpds_py-0.9-cp311-cp311-manylinux_2_17_x86_64.whl"])
+    assert command.main(["wheels", str(folder)]) == 2
+    assert "rpds_py-0.9-cp311-cp311-manylinux_2_17_x86_64.whl is not for Python 3.12" in capsys.readouterr().err
+    monkeypatch.setattr(wheels, "LIMIT", 100)
+    assert command.main(["wheels", str(folder)]) == 2
+    assert "150 bytes are more than 100" in capsys.readouterr().err
+    put([], code=1)
+    assert command.main(["wheels", str(folder)]) == 2
+    assert "pip could not fetch the wheels: no network" in capsys.readouterr().err
+    assert command.main(["wheels"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("a-1.0-py3-none-any.whl", True),
+        ("a-1.0-py2.py3-none-any.whl", True),
+        ("a-1.0-cp312-cp312-manylinux_2_17_x86_64.whl", True),
+        ("a-1.0-cp310-abi3-manylinux_2_17_x86_64.whl", True),
+        ("a-1.0-cp313-abi3-manylinux_2_17_x86_64.whl", False),
+        ("a-1.0-cp311-cp311-manylinux_2_17_x86_64.whl", False),
+        ("a-1.0-cp313-cp313-manylinux_2_17_x86_64.whl", False),
+        ("a-1.0-py2-none-any.whl", False),
+    ],
+)
+def test_wheels_have_the_tags_of_their_python(name, good):
+    assert wheels.fits(name) is good
+
+
+def test_what_is_not_installed_is_said_before_anything_starts(tmp_path, monkeypatch, capsys):
+    found = wheels.importlib.util.find_spec
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None if name == "optuna" else found(name))
+    assert command.main(["--smoke", "--work", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{sys.executable} has no optuna: install the wheels that `wheels DIR` fetches" in said
+    monkeypatch.undo()
+
+    def fail(name):
+        raise ImportError("No module named 'rpds.rpds'")
+
+    monkeypatch.setattr(wheels.importlib, "import_module", fail)
+    assert command.main(["--smoke", "--work", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "rpds is there, but not for this Python 3." in said and "rpds.rpds" in said and "for 3.12" in said
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- merge
 
 

@@ -70,6 +70,7 @@ def _do(args: argparse.Namespace, work: Path) -> int:
         if end < float("inf"):
             print(f"three repetitions of the race are whole in minute {end:.1f}")
         return 0
+    wheels.demand()
     out = Path(args.out or os.environ.get("OUT") or work / "pack").resolve()
     state = plan.run(chosen, minutes=args.minutes, work=work, out=out, smoke=args.smoke, lanes=lanes, keep=args.keep)
     return 1 if "failed" in state.values() else 0
