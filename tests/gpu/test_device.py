@@ -392,6 +392,22 @@ def test_a_recorded_sampler_is_the_networks(device):
     assert torch.autograd.grad(recorded(free, 3).sum(), free)[0].abs().sum() > 0
 
 
+def test_where_recording_fails_the_network_runs_as_it_is(monkeypatch):
+    """A CPU that is taken for a GPU: a warning says so, training and samples are the same, nothing is left behind."""
+    x0, abar = draw(64, 1, 8, 8).tanh(), schedules.abar(Q, T)
+    states = [setting.recipe(networks.Denoiser("tiny", seed=0), steps=4, batch_size=16, seed=0) for _ in range(2)]
+    list(train_score(states[0], x0, abar, steps=4))
+    monkeypatch.setattr(graphs, "_records", lambda device: True)
+    net = states[1].denoiser
+    with pytest.warns(UserWarning, match="no CUDA graph of the training step"):
+        with graphs.training(net, (16, 1, 8, 8)) as done:
+            assert not done and "forward" not in vars(net)
+            list(train_score(states[1], x0, abar, steps=4))
+    assert states[1].losses == states[0].losses
+    with pytest.warns(UserWarning, match="no CUDA graph of the denoiser"):
+        assert graphs.sampling(net.eval(), x0[:4]) is net
+
+
 @pytest.mark.cuda
 def test_a_recording_that_is_off_is_not_used(monkeypatch):
     """A recording with other numbers, or none at all, leaves the network as it was, with a warning."""

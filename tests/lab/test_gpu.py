@@ -488,6 +488,13 @@ def test_merge_takes_chosen_pieces_of_several_packs_the_first_first(tmp_path, ca
     assert "no pieces called nothing in" in capsys.readouterr().err
 
 
+def test_a_piece_of_which_no_result_is_made_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "all_pieces", lambda smoke=False: [piece("new-kind-0")])
+    other(tmp_path, "new-kind-0", {"x": 1})
+    assert merge.merge(tmp_path, directory=tmp_path / "results") == []
+    assert "new-kind-0: left aside, no result is made of it" in capsys.readouterr().out
+
+
 def test_merge_says_that_a_piece_came_from_an_altered_tree(tmp_path):
     made(tmp_path, seeds=(0, 1))
     made(tmp_path, seeds=(2,), dirty=True)

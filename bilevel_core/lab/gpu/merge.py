@@ -46,12 +46,12 @@ def merge(
                 f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it, "
                 f"{commit}, or merge others by --only"
             )
-    written = []
-    for write in (_checks, _memory, _speed, _race):
-        path = write(found, directory)
-        if path:
-            written.append(path)
-    return written
+    made = {"checks": _checks, "sd15": _memory, "throughput": _speed, "race28": _race}
+    for name in found:
+        if name.split("-")[0] not in made:
+            print(f"{name}: left aside, no result is made of it")
+    paths = [write(found, directory) for write in made.values()]
+    return [path for path in paths if path]
 
 
 def ran(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
