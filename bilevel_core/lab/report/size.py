@@ -34,7 +34,9 @@ def _stable_diffusion(records: Records) -> Finding:
     if name not in records:
         rows = records["08_digits"]["data"]["rows"]
         ran = f"the same code ran on digits: {len(rows)} rows"
-        return Finding(ran, "–", UNTESTED, "the full run has left no result yet: no GPU and no weights here")
+        return Finding(
+            ran, "–", UNTESTED, "the full run has left no result yet: Stable Diffusion's weights were not at hand"
+        )
     record, verdicts, said = records[name], {}, []
     rows = record["data"]["rows"]
     for rival in dict.fromkeys(row["method"] for row in rows if row["method"] not in ("none", "Algorithm 2")):
@@ -88,7 +90,7 @@ def _mnist_28(records: Records) -> Finding:
     small = records["07_noise_schedule_mnist"]
     if name not in records:
         ran = f"at 8×8: {len(small['data']['rows'])} marks"
-        return Finding(ran, "–", UNTESTED, "the full run has left no result yet: no GPU here")
+        return Finding(ran, "–", UNTESTED, "the full run has left no result yet")
     record = records[name]
     steps = record["protocol"]["plan"]["val_steps"]
     ran = {row["method"] for row in record["data"]["rows"]}
