@@ -29,9 +29,10 @@ help:
 	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
-	@echo "make gpu MINUTES=8 [OUT=folder] [DATA=folder]"
+	@echo "make gpu MINUTES=8 [OUT=folder] [DATA=folder] [FROM=packs] [ONLY='checks race28-*'] [DRY=1]"
 	@echo "                            what wants a GPU, the most worth first, resumable; DRY=1 prints the plan"
-	@echo "make gpu-merge              what it left, as results in book/results"
+	@echo "make gpu-merge [FROM=packs] [ONLY=pieces]"
+	@echo "                            what it left, as results in book/results"
 	@echo "make mutants                small faults in the core's mathematics, one at a time: which do the tests miss?"
 	@echo "                            an hour or two of one core, resumable; writes tests/mutants.md"
 	@echo "make format                 format the code and strip the notebooks' outputs"
@@ -70,13 +71,14 @@ sweep: $(READY)
 	  echo "make sweep NOTEBOOK=08_stable_diffusion GRID=grid.yaml OUT=_runs/sweep: all three are needed" >&2; exit 2; }
 	$(BIN)/python -m bilevel_core.lab.sweep "$(NOTEBOOK)" "$(GRID)" "$(OUT)" --workers "$(WORKERS)" --cluster "$(CLUSTER)"
 
-# Also without make or .venv: python3 -m bilevel_core.lab.gpu --minutes 8
+# Also without make or .venv: python3 -m bilevel_core.lab.gpu --minutes 8. ONLY: names of pieces, * stands for anything.
 MINUTES ?= 8
+CHOSEN = $(if $(FROM),--from $(FROM)) $(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)'))
 gpu: $(READY)
-	$(BIN)/python -m bilevel_core.lab.gpu --minutes $(MINUTES) $(addprefix --out ,$(OUT)) $(addprefix --data ,$(DATA)) $(if $(DRY),--dry)
+	$(BIN)/python -m bilevel_core.lab.gpu --minutes $(MINUTES) $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA)) $(CHOSEN) $(if $(DRY),--dry)
 
 gpu-merge: $(READY)
-	$(BIN)/python -m bilevel_core.lab.gpu merge
+	$(BIN)/python -m bilevel_core.lab.gpu merge $(CHOSEN)
 
 # Takes up a run that was stopped. MUTANTS="name ..." (wildcards allowed) tries only those, whatever is known of them.
 MUTANTS ?=

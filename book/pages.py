@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import nbformat
 
 from bilevel_core.lab import report
+from bilevel_core.lab.gpu import pieces
 
 NOT_RUN = "not yet run"
 REPORT = "10_reproduction_report"
@@ -78,14 +79,26 @@ def belongs(result: str, names: Sequence[str]) -> str | None:
     return next(iter(whole or same), None)
 
 
-def full_runs(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Notebook -> the record of its full run on a GPU; only what was really run is there."""
-    return {
-        name: record
-        for record in records
-        if record["tier"] == "full" and record["provenance"]["hardware"]["gpu"]
-        if (name := belongs(record["name"], names))
-    }
+def full_runs(
+    records: Iterable[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, list[Mapping[str, Any]]]]:
+    """What was really run on a GPU: notebook -> the record of its profile `full`; notebook -> those of parts of it."""
+    whole: dict[str, Mapping[str, Any]] = {}
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        made, name = record["provenance"], belongs(record["name"], names)
+        if record["tier"] != "full" or not made["hardware"]["gpu"] or not name:
+            continue
+        if made["parameters"].get("PROFILE") == "full":
+            whole[name] = record
+        else:
+            parts.setdefault(name, []).append(record)
+    return whole, parts
+
+
+def cards(records: Iterable[Mapping[str, Any]]) -> str:
+    """The GPUs that results were made on."""
+    return ", ".join(sorted({record["provenance"]["hardware"]["gpu"] for record in records}))
 
 
 # ---------------------------------------------------------------- the map of the chapters
@@ -101,18 +114,24 @@ def duration(seconds: float) -> str:
 def chapter_map(
     listed: Sequence[Chapter],
     status: Mapping[str, Any],
-    full: Mapping[str, Mapping[str, Any]],
+    full: tuple[Mapping[str, Mapping[str, Any]], Mapping[str, Sequence[Mapping[str, Any]]]],
     judged: Mapping[str, Mapping[str, int]],
     badge: Callable[[str], str],
 ) -> str:
-    """Markdown for book/index.md: a card for each chapter. badge: name -> Markdown of its badge, or nothing."""
+    """Markdown for book/index.md: a card for each chapter.
+
+    full: as `full_runs` returns it;  badge: name -> Markdown of its badge, or nothing
+    """
     lines = [":::::{grid} 1 1 2 2", ":gutter: 3", ":class-container: chapter-map", ""]
     linked = any(chapter.name == REPORT for chapter in listed)
+    whole, parts = full
     for chapter in listed:
         gpu = NOT_RUN
-        if chapter.name in full:
-            made = full[chapter.name]["provenance"]
+        if chapter.name in whole:
+            made = whole[chapter.name]["provenance"]
             gpu = f"{duration(made['wall_s'])} on {made['hardware']['gpu']}"
+        elif chapter.name in parts:
+            gpu = f"{NOT_RUN} as a whole, [in parts](status.md) on {cards(parts[chapter.name])}"
         cpu = f"{duration(status['seconds'][chapter.name])} ({status['profile']})"
         foot = [f"**CPU** {cpu} · **GPU** {gpu}"]
         said = counted(judged.get(chapter.name))
@@ -182,6 +201,46 @@ def citation(cff: Mapping[str, Any], url: str | None = None) -> str:
     return plain + "\n\n```bibtex\n" + "\n\n".join(entries) + "\n```"
 
 
+# ---------------------------------------------------------------- the plan for a GPU
+
+T4 = 14.6  # GiB of it that are free
+
+
+def gpu_plan(records: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown for book/running.md: what each kind of piece takes, by measurement and by estimate."""
+    records = [record for record in records if "pieces" in record["provenance"]]
+    measured = {name: s for record in records for name, s in record["provenance"]["pieces"].items()}
+    gpus = {record["provenance"]["hardware"]["gpu"] for record in records}
+    kinds: dict[str, list[pieces.Piece]] = {}
+    for piece in pieces.all_pieces():
+        run = getattr(piece.run, "func", piece.run)
+        kinds.setdefault(run.__doc__.split("\n")[0].rstrip("."), []).append(piece)
+
+    def span(values: Sequence[float]) -> str:
+        low, high = (f"{value:.0f}" for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    rows = []
+    for about, found in kinds.items():
+        fits = [piece for piece in found if piece.gib <= T4]
+        small = span([60 * piece.minutes * piece.t4 for piece in fits]) if fits else "does not fit"
+        small += f", {len(found) - len(fits)} do not fit" if 0 < len(fits) < len(found) else ""
+        seen = [measured[piece.name] for piece in found if piece.name in measured]
+        named = re.sub(r"(\d)x(\d)", r"\1×\2", about)
+        row = [named, len(found), span([piece.gib for piece in found]), span(seen) if seen else "–"]
+        rows.append([*row, span([60 * piece.minutes for piece in found]), small])
+    where = ", ".join(sorted(gpus)) or "a GPU"
+    head = [
+        "A piece",
+        "How many",
+        "Memory (GiB)",
+        f"Seconds, measured on {where}",
+        "by estimate",
+        "on a T4, by estimate",
+    ]
+    return table(head, rows)
+
+
 # ---------------------------------------------------------------- the status of the build
 
 
@@ -200,14 +259,25 @@ def status_page(
     """Markdown for book/status.md. others: status of builds at other profiles on the same machine."""
     names = [chapter.name for chapter in listed]
     parts = [_made(status), _notebooks(status, listed), _speed(status, others, names), _recorded(records)]
-    full = full_runs(records, names)
+    whole, some = full_runs(records, names)
+
+    def ran(record: Mapping[str, Any]) -> str:
+        return f"{record['provenance']['date'][:10]}, {record['provenance']['hardware']['gpu']}"
+
     rows = []
     for name in names:
-        made = full[name]["provenance"] if name in full else None
-        rows.append([name, f"{made['date'][:10]}, {made['hardware']['gpu']}" if made else NOT_RUN])
-    parts.append("## Full runs\n\nThe profile `full` on a GPU, with provenance:\n\n")
-    parts[-1] += table(["Notebook", "Run"], rows, left=2)
+        measured = [f"{_breakable(record['name'])} ({ran(record)})" for record in some.get(name, ())]
+        rows.append([name, ran(whole[name]) if name in whole else NOT_RUN, ", ".join(measured) or "–"])
+    parts.append(
+        "## Full runs\n\nThe profile `full` on a GPU, with provenance; and what was measured on one apart from it: "
+        "[a plan](running.md) of pieces that need minutes.\n\n"
+    )
+    parts[-1] += table(["Notebook", "Run", "In parts"], rows, left=3)
     return "\n\n".join(part for part in parts if part)
+
+
+def _breakable(name: str) -> str:
+    return name.replace("_", "_<wbr>")
 
 
 def _made(status: Mapping[str, Any]) -> str:
@@ -262,7 +332,7 @@ def _recorded(records: Sequence[Mapping[str, Any]]) -> str:
         hardware, commit = made["hardware"], made["commit"] or "unknown"
         rows.append(
             [
-                record["name"].replace("_", "_<wbr>"),
+                _breakable(record["name"]),
                 record["tier"],
                 made["date"][:10],
                 f"`{commit[:7]}`" + (" (changed)" if made["dirty"] else ""),

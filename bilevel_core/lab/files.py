@@ -203,6 +203,16 @@ def piece(path: Path, config: dict, compute: Callable[[], dict]) -> dict:
     return found
 
 
+def begun(path: Path, config: dict) -> list[dict]:
+    """The rows that an interrupted piece has left at `path`, as {"config": ..., "rows": ...}; none if there is no file.
+
+    Raises ValueError as `piece`.
+    """
+    if not path.exists():
+        return []
+    return piece(path, config, dict)["rows"]
+
+
 def kept(path: Path | None, config: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """`piece` for tensors: compute(), or what it gave before if `path` (None: nowhere) holds it, checked and atomic."""
     if path is None or not path.exists():

@@ -40,7 +40,8 @@ def status(profile: str = "smoke", **changes) -> dict:
 
 def record(name: str, tier: str, gpu: str | None = None, pieces: str = "", **changes) -> dict:
     made = {"commit": "b" * 40, "dirty": False, "date": "2026-02-03T00:00:00+00:00", "seeds": [0, 1], "wall_s": 9000.0}
-    made |= {"cost": {"units": 1234567.0}, "hardware": {"cpu": "Other CPU", "cores": 8, "gpu": gpu}} | changes
+    made |= {"parameters": {"PROFILE": tier}, "cost": {"units": 1234567.0}}
+    made |= {"hardware": {"cpu": "Other CPU", "cores": 8, "gpu": gpu}} | changes
     return {"name": name, "tier": tier, "provenance": made, "protocol": {"pieces": pieces}}
 
 
@@ -68,8 +69,9 @@ def test_verdicts_are_counted_by_chapter_in_their_order():
 def test_the_map_shows_only_what_was_run():
     judged = pages.verdicts(SimpleNamespace(chapter=chapter, verdict=verdict) for chapter, verdict in CLAIMS)
     records = [record("01_study", "recorded"), record("01_one_full", "full"), record("appendix_two", "full", "A GPU")]
-    full = pages.full_runs(records, [chapter.name for chapter in LISTED])
-    assert set(full) == {"appendix_two"}  # a recorded run is none, nor is a full one without a GPU
+    names = [chapter.name for chapter in LISTED]
+    full = pages.full_runs(records, names)
+    assert (set(full[0]), full[1]) == ({"appendix_two"}, {})  # no recorded run is, nor a full one without a GPU
     text = pages.chapter_map(LISTED, status(), full, judged, lambda name: f"[badge]({name})" if name[0] == "0" else "")
     first, second, third = text.split("::::{grid-item-card}")[1:]
     assert "[1. One](../notebooks/01_one.ipynb)" in first and "Why?" in first
@@ -77,8 +79,23 @@ def test_the_map_shows_only_what_was_run():
     assert "[2 reproduced, 1 partly](../notebooks/10_reproduction_report.ipynb)" in first and "[badge](01_one)" in first
     assert "Claims" not in second and "badge" not in second
     assert "**CPU** 12 min (smoke) · **GPU** 2.5 h on A GPU" in third
-    alone = pages.chapter_map(LISTED[:1], status(), {}, judged, lambda name: "")
+    alone = pages.chapter_map(LISTED[:1], status(), ({}, {}), judged, lambda name: "")
     assert "2 reproduced" in alone and "10_reproduction_report" not in alone  # no link to a page that is not there
+
+
+def test_a_part_is_no_run():
+    """What a card measured besides the profile never passes for the run of a chapter."""
+    part = record("01_memory_full", "full", "B GPU", parameters={"n": 3})
+    whole, parts = pages.full_runs([part], ["01_one"])
+    assert whole == {} and parts == {"01_one": [part]}
+    text = pages.chapter_map(LISTED[:1], status(), (whole, parts), {}, lambda name: "")
+    assert "**GPU** not yet run as a whole, [in parts](status.md) on B GPU" in text
+    page = pages.status_page(status(), [], LISTED, [part])
+    assert "| 01_one | not yet run | 01_<wbr>memory_<wbr>full (2026-02-03, B GPU) |" in page
+    both = pages.chapter_map(
+        LISTED[:1], status(), pages.full_runs([part, record("01_one", "full", "A GPU")], ["01_one"]), {}, lambda n: ""
+    )
+    assert "**GPU** 2.5 h on A GPU" in both and "in parts" not in both
 
 
 def test_results_belong_to_their_chapter():
@@ -105,10 +122,26 @@ def test_the_status_page_tells_all():
     assert "`bbbbbbb` (changed)" in text
     resumed = [record("01_study", "recorded", pieces="resumable; wall_s counts those of the last start")]
     assert "| 2 | > 2.5 h |" in pages.status_page(status(), [], LISTED, resumed)
-    assert "| 01_one | not yet run |" in text and "| appendix_two | 2026-02-03, A GPU |" in text
+    assert "| 01_one | not yet run | – |" in text and "| appendix_two | 2026-02-03, A GPU | – |" in text
     assert "Speed by profile" not in text
     assert "changes that are not committed" in pages.status_page(status(dirty=True), [], LISTED, [])
     assert "not a git checkout" in pages.status_page(status(commit=None, dirty=None), [], LISTED, [])
+
+
+def test_the_plan_for_a_gpu_is_shown_whole():
+    """Every piece is in a line; what was measured stands beside the estimate, what a T4 cannot hold is said."""
+    from bilevel_core.lab.gpu import pieces
+
+    made = record("08_memory_full", "full", "A GPU")
+    made["provenance"]["pieces"] = {"sd15-512-float16": 2.2, "sd15-512-float32": 31.0}
+    lines = [line.strip("| ").split(" | ") for line in pages.gpu_plan([made, record("01_x", "recorded")]).splitlines()]
+    assert lines[0][3] == "Seconds, measured on A GPU"
+    assert sum(int(line[1]) for line in lines[2:]) == len(pieces.all_pieces())
+    steps = next(line for line in lines if line[0].startswith("A guided step of Stable Diffusion"))
+    assert steps[3] == "2 to 31" and steps[5].endswith(", 2 do not fit")
+    assert next(line[5] for line in lines if line[0].startswith("The five stages")) == "does not fit"
+    assert {line[3] for line in lines if "schedule" in line[0]} == {"–"}
+    assert "measured on a GPU" in pages.gpu_plan([])
 
 
 def test_speed_is_compared_on_one_machine_only():

@@ -45,6 +45,35 @@ def test_all_pages_give_one_command():
         assert "-f" not in words and all(page.count("cd notebooks") for page in pages if line in page), line
 
 
+def test_the_plan_for_a_gpu_is_on_the_page_with_the_estimates_that_it_has():
+    from bilevel_core.lab.gpu import pieces
+
+    assert PAGE.count("<!-- gpu-plan -->") == 1
+    slower = {piece.t4 for piece in pieces.all_pieces() if piece.name.startswith("sd15-512")}
+    assert slower == {9.0, 16.0} and "it takes 9\nand 16 times" in PAGE
+    names = re.findall(r"ONLY='([^']*)'", PAGE)[0].split()
+    assert {piece.name.split("-")[0] for piece in pieces.only(pieces.all_pieces(), names)} == {"checks", "race28"}
+
+
+@pytest.mark.slow
+def test_the_flop_of_a_guided_step_are_those_of_the_page():
+    """U-Net, twice, and decoder: forward, once more where they are recomputed, and backward into the input."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bilevel_core.lab.models import pipelines
+
+    mode, counts = FakeTensorMode(allow_non_fake_inputs=True), []
+    pipe = pipelines.random_pipeline("sd15", dtype="float16", mode=mode)
+    x, text = torch.zeros(2, 4, 64, 64).half(), torch.zeros(2, 77, 768).half()
+    for call in (lambda: pipe.unet(x, 1, encoder_hidden_states=text), lambda: pipe.vae.decode(x[:1])):
+        with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops() / 1e12)
+    assert f"has {3 * sum(counts):.1f} TFLOP (a plain one {counts[0]:.1f})" in PAGE
+
+
 @pytest.mark.slow
 def test_the_one_line_runs_a_chapter_with_a_seed_and_a_folder_of_ones_own_and_resumes(tmp_path):
     """That line of the page, at smoke's sizes (but enough samples for a distance)."""

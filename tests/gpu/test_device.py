@@ -296,10 +296,17 @@ def test_the_race_at_its_smallest(device, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_half_precision_networks_with_float32_rewards(device, dtype):
-    """A guided sample of a tiny Stable Diffusion, and the gradient of a reward far below the smallest float16."""
+    """A guided sample of a tiny Stable Diffusion, and the gradient of a reward far below the smallest float16.
+
+    Images are kept inside [-1, 1]: a pixel that rounding moves across the edge takes its whole slope with it, and one
+    of 1,024 is up to 5 % of this gradient's norm (as a GPU's float16 showed).
+    """
 
     def run(where, dtype, size=1.0):
         pipe = pipelines.random_pipeline("tiny")
+        with torch.no_grad():
+            for weight in pipe.vae.decoder.conv_out.parameters():
+                weight.mul_(0.2)
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             part.to(pipelines.DTYPES[dtype])
         chain = pipelines.load(pipe, device=where, dtype=dtype, side=32, steps=3, micro_batch=2)
@@ -318,8 +325,8 @@ def test_half_precision_networks_with_float32_rewards(device, dtype):
 
     images, norms = run(device, dtype)
     want, exact = run("cpu", "float32")
-    far = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 0.15}[dtype]
-    assert (images - want).abs().mean() < far / 5
+    far = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 0.1}[dtype]
+    assert want.abs().max() < 0.9 and (images - want).abs().mean() < far / 5
     torch.testing.assert_close(norms, exact, rtol=far, atol=0)
     torch.testing.assert_close(run(device, dtype, 1e-9)[1], exact, rtol=far, atol=0)
 
@@ -383,6 +390,22 @@ def test_a_recorded_sampler_is_the_networks(device):
         torch.testing.assert_close(recorded(x, t), net(x, t), **CLOSE)
     free = x.clone().requires_grad_()
     assert torch.autograd.grad(recorded(free, 3).sum(), free)[0].abs().sum() > 0
+
+
+def test_where_recording_fails_the_network_runs_as_it_is(monkeypatch):
+    """A CPU that is taken for a GPU: a warning says so, training and samples are the same, nothing is left behind."""
+    x0, abar = draw(64, 1, 8, 8).tanh(), schedules.abar(Q, T)
+    states = [setting.recipe(networks.Denoiser("tiny", seed=0), steps=4, batch_size=16, seed=0) for _ in range(2)]
+    list(train_score(states[0], x0, abar, steps=4))
+    monkeypatch.setattr(graphs, "_records", lambda device: True)
+    net = states[1].denoiser
+    with pytest.warns(UserWarning, match="no CUDA graph of the training step"):
+        with graphs.training(net, (16, 1, 8, 8)) as done:
+            assert not done and "forward" not in vars(net)
+            list(train_score(states[1], x0, abar, steps=4))
+    assert states[1].losses == states[0].losses
+    with pytest.warns(UserWarning, match="no CUDA graph of the denoiser"):
+        assert graphs.sampling(net.eval(), x0[:4]) is net
 
 
 @pytest.mark.cuda

@@ -12,6 +12,8 @@ import torch
 from .. import places
 from . import merge, pieces, plan, wheels
 
+LANES = 5  # more do not help: a card serves one process at a time, and a few keep it busy
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bilevel_core.lab.gpu", description=plan.__doc__)
@@ -20,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of time; pieces that do not fit are not started")
     parser.add_argument("--out", help="folder for the pack of results; default the variable OUT, else _runs/gpu/pack")
     parser.add_argument("--work", help="folder for what is kept between calls; default _runs/gpu")
-    parser.add_argument("--from", dest="source", help="a pack of an earlier call to go on from")
+    parser.add_argument("--from", dest="sources", nargs="+", default=[], metavar="PACK", help="of earlier calls")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these pieces alone; * stands for anything")
     parser.add_argument("--data", help="folder with MNIST/raw; default the variable BILEVEL_DATA")
     parser.add_argument("--lanes", type=int, default=0, help="pieces at a time of those that may share the card")
@@ -46,7 +48,7 @@ def _do(args: argparse.Namespace, work: Path) -> int:
             raise ValueError("wheels wants the folder that they go to: wheels DIR")
         return wheels.main(Path(args.folder))
     if args.what == "merge":
-        for path in merge.merge(work, Path(args.source) if args.source else None, args.results):
+        for path in merge.merge(work, [Path(source) for source in args.sources], args.results, args.only):
             print(f"wrote {places.relative(path)}")
         return 0
     chosen = pieces.all_pieces(args.smoke)
@@ -58,13 +60,18 @@ def _do(args: argparse.Namespace, work: Path) -> int:
         ran = {"driver": card and card["driver"], "switches": plan.switches()}
         plan.serve(chosen, plan.Context(work / "kept", where, args.smoke), work, ran)
         return 0
-    if args.source:
-        print(f"{plan.unpack(Path(args.source), work)} files taken from {args.source}")
+    for source in args.sources:
+        print(f"{plan.unpack(Path(source), work)} files taken from {source}")
+    lanes = args.lanes or (1 if args.smoke else LANES if args.dry else max(1, min(LANES, (os.cpu_count() or 2) // 2)))
     if args.dry:
-        print(plan.table(chosen, plan.finished(chosen, work, args.smoke, args.keep)))
+        there = plan.finished(chosen, work, args.smoke, args.keep)
+        print(plan.table(chosen, there, lanes, args.minutes))
+        end = pieces.race_ends(plan.forecast(chosen, there, lanes), there)
+        if end < float("inf"):
+            print(f"three repetitions of the race are whole in minute {end:.1f}")
         return 0
+    wheels.demand()
     out = Path(args.out or os.environ.get("OUT") or work / "pack").resolve()
-    lanes = args.lanes or (1 if args.smoke else max(1, min(6, (os.cpu_count() or 2) // 2)))
     state = plan.run(chosen, minutes=args.minutes, work=work, out=out, smoke=args.smoke, lanes=lanes, keep=args.keep)
     return 1 if "failed" in state.values() else 0
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import parameters, results
-from ..studies import schedule_race
+from ..studies import memory, schedule_race
 from . import pieces, plan
 
-NEEDED = (*schedule_race.FIXED, "grid", "random", "Bayesian", "Algorithm 6")  # what the report's claims compare
 
-
-def merge(work: Path, source: Path | None = None, directory: str | Path | None = None) -> list[Path]:
+def merge(
+    work: Path,
+    sources: Sequence[Path] = (),
+    directory: str | Path | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Path]:
     """Writes what the pieces suffice for and returns the paths; says of the rest what is missing.
 
-    source  a pack to unpack first.  Raises ValueError where there are smoke pieces, or nothing to write.
+    sources  packs to unpack first: of a piece that several hold, the first counts, and what `work` holds before all
+    only     names of the pieces that are merged (* stands for anything), None: all
+    Raises ValueError where there are smoke pieces, pieces of other parameters, or nothing to write.
     """
-    if source:
+    for source in sources:
         plan.unpack(source, work)
     found = {path.stem: json.loads(path.read_text()) for path in sorted((work / "pieces").glob("*.json"))}
+    if only is not None:
+        found = {name: piece for name, piece in found.items() if any(fnmatch.fnmatch(name, own) for own in only)}
     if not found:
-        raise ValueError(f"no pieces in {work}: run `make gpu` first, or name a pack by --from")
+        named = f" called {' or '.join(only)}" if only else ""
+        raise ValueError(f"no pieces{named} in {work}: run `make gpu` first, or name a pack by --from")
     smoke = [name for name, piece in found.items() if piece["config"]["smoke"]]
     if smoke:
         raise ValueError(
@@ -32,26 +41,30 @@ def merge(work: Path, source: Path | None = None, directory: str | Path | None =
     wanted = {piece.name: piece for piece in pieces.all_pieces()}
     for name, piece in found.items():
         if name not in wanted or piece["config"]["settings"] != plan.identity(wanted[name], False)["settings"]:
+            commit = str(piece["provenance"]["commit"])[:12]
             raise ValueError(
-                f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it"
+                f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it, "
+                f"{commit}, or merge others by --only"
             )
-    written = []
-    for write in (_race, _memory, _speed):
-        path = write(found, directory)
-        if path:
-            written.append(path)
-    return written
+    made = {"checks": _checks, "sd15": _memory, "throughput": _speed, "race28": _race}
+    for name in found:
+        if name.split("-")[0] not in made:
+            print(f"{name}: left aside, no result is made of it")
+    paths = [write(found, directory) for write in made.values()]
+    return [path for path in paths if path]
 
 
 def ran(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The provenance of pieces together: that of the last, altered if any was, with every other commit and machine."""
+    """The provenance of pieces together: that of the last, altered if any was, with every commit and card, and seconds
+    of each piece."""
     each = sorted((part["provenance"] for part in parts), key=lambda one: one["date"])
     last = dict(each[-1])
     commits = sorted({str(one["commit"]) for one in each})
     cards = sorted({f"{one['hardware']['gpu']}, driver {one['driver']}" for one in each})
     dirty = [one["dirty"] for one in each]
     last["dirty"] = True if any(dirty) else None if None in dirty else False
-    return last | {"commits": commits, "cards": cards, "first": each[0]["date"]}
+    seconds = {part["config"]["name"]: part["wall_s"] for part in parts}
+    return last | {"commits": commits, "cards": cards, "first": each[0]["date"], "pieces": seconds}
 
 
 def _say(name: str, why: str) -> None:
@@ -67,9 +80,11 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
     for row in rows:
         if row["budget"] == "final":
             have.setdefault(row["seed"], set()).add(row["method"])
-    seeds = sorted(seed for seed, methods in have.items() if methods >= set(NEEDED))
+    seeds = sorted(seed for seed, methods in have.items() if methods >= set(pieces.NEEDED))
     if len(seeds) < 3:
-        missing = {seed: sorted(set(NEEDED) - have.get(seed, set())) for seed in pieces.SEEDS if seed not in seeds}
+        missing = {
+            seed: sorted(set(pieces.NEEDED) - have.get(seed, set())) for seed in pieces.SEEDS if seed not in seeds
+        }
         return _say(name, f"three seeds need every method; missing are {missing}")
     # In the order of chapter 7's own run: a method for which a seed is missing is left out, that pairs stay pairs.
     kinds = {(row["method"], row["budget"]) for row in rows}
@@ -87,7 +102,10 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
     trained = {(row["method"], row["budget"], row["seed"]): row["train_cost"] for row in rows}
     cost = sum(trained.values()) + sum(row["cost"] for row in rows) + sum(one["cost"] for one in searches)
     race = schedule_race.Race(pieces.RACE, Path())
-    protocol = race.protocol() | {"switches": used[0]["provenance"]["switches"]}
+    switches = [part["provenance"]["switches"] for part in used]
+    if any(other != switches[0] for other in switches):
+        raise ValueError(f"pieces of the race ran with several switches of torch, {switches}: leave some out by --only")
+    protocol = race.protocol() | {"switches": switches[0]}
     P = parameters.read_profile("07_noise_schedule_mnist", "full")
     own = pieces.RACE
     P |= {"study_seeds": len(seeds), "ablation_seeds": 0, "study_name": own.name, "T": own.T, "trials": own.trials}
@@ -109,7 +127,33 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
 
 
 def _seeds(part: Mapping[str, Any]) -> set[int]:
-    return {row["seed"] for row in part["result"].get("rows", ())}
+    found = part["result"]
+    return {row["seed"] for row in (*found.get("rows", ()), *found.get("searches", ()), found) if "seed" in row}
+
+
+def _checks(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """How many tests passed on the device, and what the others said."""
+    name = "08_checks_full"
+    if "checks" not in found:
+        return _say(name, "the piece checks is missing")
+    part = found["checks"]
+    data = {key: part["result"][key] for key in ("passed", "skipped")}
+    data["failed"] = {
+        test: [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+        for test, text in part["result"]["failures"].items()
+    }
+    return results.write_result(
+        name,
+        "full",
+        data,
+        {},
+        seeds=[0],
+        wall_s=part["wall_s"],
+        cost=0,
+        protocol="the tests of tests/gpu marked cuda, each against the CPU's numbers, without TF32",
+        ran=ran([part]),
+        directory=directory,
+    )
 
 
 def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
@@ -117,11 +161,12 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
     name, parts = "08_memory_full", {key: part for key, part in found.items() if key.startswith("sd15-")}
     recorded = results.read_result("08_memory")["data"]["rows"]
     counts = [({k: v for k, v in row.items() if k not in ("counted", "measured")}, row["counted"]) for row in recorded]
+    measured = [part["result"] for part in parts.values() if "measured" in part["result"]]
+    order = [options for options, _ in memory.SETTINGS]
     rows = []
-    for found_one in (part["result"] for part in parts.values() if "measured" in part["result"]):
-        options = found_one["options"]
-        counted = next((count for its, count in counts if its == options), None)
-        rows.append(options | {"counted": counted, "measured": found_one["measured"]})
+    for one in sorted(measured, key=lambda one: order.index(one["options"])):
+        counted = next((count for its, count in counts if its == one["options"]), None)
+        rows.append(one["options"] | {"counted": counted, "measured": one["measured"]})
     if not rows:
         return _say(name, "no setting of Stable Diffusion is measured")
     data: dict[str, Any] = {"rows": rows, "device": "cuda"}
@@ -129,13 +174,10 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
         if f"sd15-{key}" in parts:
             data[key] = parts[f"sd15-{key}"]["result"]
     data["stages"] = [parts[key]["result"] for key in sorted(parts) if key.startswith("sd15-stages")]
-    if "checks" in found:
-        checks = found["checks"]["result"]
-        data["checks"] = {key: checks[key] for key in ("passed", "skipped", "failures")}
     protocol = {
         "model": "Stable Diffusion 1.5, random weights; ViT-B/16 reward",
         "counted": "of 08_memory: bytes alive, one guided step on fake tensors, CPU kernels",
-        "measured": "median of three steps after the first weights; peak is that of torch's allocator",
+        "measured": "median of three steps; peak is what torch's allocator held at most",
         "cap": f"torch may take {pieces.CAP:g} GB in the sample's process",
     }
     return results.write_result(
@@ -154,16 +196,17 @@ def _memory(found: Mapping[str, Any], directory: str | Path | None) -> Path | No
 
 def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
     """Training throughput of the 28x28 network."""
-    name = "throughput_full"
+    name = "07_throughput_full"
     if "throughput" not in found:
         return _say(name, "the piece throughput is missing")
-    part = found["throughput"]
-    data = {key: value for key, value in part["result"].items() if key != "said"}
+    parts = {key: part for key, part in found.items() if key.startswith("throughput")}
+    data = {key: value for key, value in parts["throughput"]["result"].items() if key != "said"}
+    data |= {key.removeprefix("throughput-"): part["result"] for key, part in parts.items() if "-" in key}
     protocol = {
         "step": "forward, backward, AdamW on random data; ours: train_score with its moving average, batch by batch",
         "flops": "torch.utils.flop_counter, forward and backward",
-        "roofline": "the larger of FLOP over the rate of a bfloat16 product of 8192 and bytes of all operations over "
-        "the rate of a copy, as a share of the time taken",
+        "roofline": "of the network in float32, and in bfloat16 where it is said: the larger of FLOP over the rate of "
+        "a bfloat16 product of 8192 and bytes of all operations over the rate of a copy, as a share of the time taken",
     }
     return results.write_result(
         name,
@@ -171,9 +214,9 @@ def _speed(found: Mapping[str, Any], directory: str | Path | None) -> Path | Non
         data,
         {"size": data["size"]},
         seeds=[0],
-        wall_s=part["wall_s"],
+        wall_s=sum(part["wall_s"] for part in parts.values()),
         cost=0,
         protocol=protocol,
-        ran=ran([part]),
+        ran=ran(list(parts.values())),
         directory=directory,
     )

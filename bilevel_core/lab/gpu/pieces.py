@@ -10,9 +10,10 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,64 @@ from torch.utils._pytree import tree_iter
 from ... import schedules
 from ...algorithms import ScoreTraining, train_score
 from ...samplers import draw_x_T, sample_particles
-from .. import places
-from ..models import chains, networks, pipelines, rewards
+from .. import places, results
+from ..models import chains, graphs, networks, pipelines, rewards
 from ..studies import memory, rewards_on_any_chain, schedule_race
 from .plan import Context, Piece
 
 PROMPTS = ("A beautiful landscape", "a red fox in the snow")
 CAP = 12.0  # GB that one guided 512x512 sample is to fit
 
-# Chapter 7 at 28x28: a search warms up, tries and trains more than at 8x8, where the digits are easier.
-RACE = schedule_race.Plan(name="mnist28", warm_steps=1000, trial_steps=120, final_steps=4000)
+# Chapter 7 at 28x28: a search warms up, tries and trains more than at 8x8, where the digits are easier. The network is
+# the folded one: a step has three quarters of the kernels of "mnist28" and half of its bytes, for the same FLOP, and
+# kernels and bytes are what a card's time goes into.
+RACE = schedule_race.Plan(name="mnist28_folded", warm_steps=1000, trial_steps=100, final_steps=2000)
 SMALL_RACE = schedule_race.Plan(
     name="digits8", T=20, batch_size=16, warm_steps=4, trials=3, trial_steps=2, n_val=70, val_steps=2, final_steps=4,
     n=70, grids=(2, 4),
 )  # fmt: skip
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
+NEEDED = (*schedule_race.FIXED, "random", "Bayesian", "Algorithm 6")  # what three seeds must have to be a result
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds by which the race's pieces are estimated: of the card, a step of training on 128 images and a call of the
+    network on 500; of the host, what a recorded step leaves to it, and a forward and backward pass launched one by one.
+    """
+
+    step: float
+    call: float
+    host: float
+    eager: float
+
+
+# Measured on an H200 with "mnist28", six pieces at a time: 6.7 ms a step and 4.4 ms a call, all of it the card's; and
+# 31 ms a step whose kernels are launched one by one. The folded network's kernels and bytes make it 0.63 and 0.57 of
+# the card's time. A T4 has a sixteenth of the H200's memory bandwidth, at the same latency of a kernel.
+H200, T4 = Speed(0.0042, 0.0025, 0.015, 0.025), Speed(0.027, 0.03, 0.02, 0.04)
+
+
+def estimate(steps: int = 0, calls: int = 0, passes: int = 0, rest: float = 0.0) -> dict[str, float]:
+    """ "minutes", "busy" and "t4" of a piece of the race: its recorded training steps, its calls of the network, its
+    forward and backward passes launched one by one, and seconds of the host besides."""
+
+    def seconds(at: Speed) -> tuple[float, float]:
+        card = (steps + passes) * at.step + calls * at.call
+        return card, steps * (at.step + at.host) + calls * at.call + passes * max(at.eager, at.step) + rest
+
+    (card, whole), (_, slow) = seconds(H200), seconds(T4)
+    return {"minutes": whole / 60, "busy": card / whole, "t4": slow / whole}
 
 
 # ---------------------------------------------------------------- 1. checks
 
 
 def checks(context: Context) -> dict[str, Any]:
-    """The tests of tests/gpu on the device, by pytest in a process of its own: counts, and the text of failures."""
+    """What runs on a GPU, against the CPU's numbers.
+
+    The tests of tests/gpu by pytest in a process of its own: counts, and the text of failures.
+    """
     folder = places.project_root() / "tests" / "gpu"
     chosen = ["-k", "cpu and ddim"] if context.smoke else ["-m", "cuda"]
     with tempfile.TemporaryDirectory() as place:
@@ -82,7 +119,10 @@ def _clear(device: torch.device) -> None:
 
 
 def setting(context: Context, options: dict[str, Any]) -> dict[str, Any]:
-    """Time and memory of a guided step at one of `memory.SETTINGS`; `merge` sets beside it what chapter 8 counts."""
+    """A guided step of Stable Diffusion in one setting of memory.
+
+    Its time and memory at one of `memory.SETTINGS`; `merge` sets beside it what chapter 8 counts.
+    """
     size = "sd15"
     if context.smoke:
         size, options = "tiny", options | {"side": 32, "reward": None}
@@ -132,7 +172,10 @@ def capped_sample(folder: str, device: str, smoke: bool) -> None:
 
 
 def sample(context: Context) -> dict[str, Any]:
-    """One guided 512x512 sample of Stable Diffusion within CAP GB, for each of PROMPTS."""
+    """Two guided samples of Stable Diffusion under a cap of memory.
+
+    512x512 within CAP GB, for each of PROMPTS, in a process of its own.
+    """
     call = f"capped_sample({str(context.folder)!r}, {str(context.device)!r}, {context.smoke})"
     command = [sys.executable, "-c", f"from bilevel_core.lab.gpu import pieces; pieces.{call}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -145,7 +188,7 @@ def sample(context: Context) -> dict[str, Any]:
 
 
 def particles(context: Context) -> dict[str, Any]:
-    """Seconds and peak memory of a step of guided particles, for several ways to save memory."""
+    """A step of guided particles of Stable Diffusion, in several ways to save memory."""
     steps, n, rows = (2, 2, []) if context.smoke else (4, 4, [])
     reward = rewards.RandomResNet().to(context.device)
     for options in (
@@ -176,7 +219,10 @@ def particles(context: Context) -> dict[str, Any]:
 
 
 def stages(context: Context, prompt: str) -> dict[str, Any]:
-    """The five stages of chapter 8 for a prompt, at 512x512: random weights, so its rewards mean nothing."""
+    """The five stages of chapter 8 for a prompt, at 512x512.
+
+    Weights are random, so rewards mean nothing.
+    """
     n, batch, steps = (20, 4, 2) if context.smoke else (20, 4, 10)
     chain = _chain(context, steps, micro_batch=batch)
     folder = context.folder / "sd15"
@@ -249,22 +295,59 @@ def _seconds(run: Callable[[], None], device: torch.device, least: float) -> flo
             return (time.perf_counter() - began) / count
 
 
+# How a training step may be taken; those with a CUDA graph wait for a GPU, and may fail on one.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {"strict": True},
+    "tf32": {},
+    "bfloat16": {"half": True},
+    "bfloat16, channels last": {"half": True, "last": True},
+    "tf32, CUDA graph": {"graph": True},
+    "tf32, channels last, CUDA graph": {"last": True, "graph": True},
+    "tf32, best convolutions, CUDA graph": {"best": True, "graph": True},
+    "tf32, fused AdamW, CUDA graph": {"fused": True, "graph": True},
+    "bfloat16, channels last, CUDA graph": {"half": True, "last": True, "graph": True},
+    "bfloat16 weights, channels last, CUDA graph": {"weights": True, "last": True, "graph": True},
+    "bfloat16 weights, channels last, best convolutions, fused AdamW, CUDA graph": {"weights": True, "last": True}
+    | {"best": True, "fused": True, "graph": True},
+}
+COMPILED: dict[str, dict[str, Any]] = {
+    f"{name}, compiled": VARIANTS[name] | {"compiled": True}
+    for name in ("tf32, CUDA graph", "bfloat16, channels last, CUDA graph")
+} | {"bfloat16 weights, compiled": {"weights": True, "fused": True, "compiled": True}}
+FOLDED = {name: VARIANTS[name] for name in ("float32", "tf32, CUDA graph", "bfloat16, channels last, CUDA graph")}
+
+
 def _trainer(
-    size: str, batch: int, device: torch.device, *, half: bool = False, last: bool = False, graph: bool = False
+    size: str,
+    batch: int,
+    device: torch.device,
+    *,
+    half: bool = False,
+    weights: bool = False,
+    last: bool = False,
+    fused: bool = False,
+    graph: bool = False,
+    compiled: bool = False,
 ) -> Callable[[], None]:
-    """A bare training step: forward, backward, AdamW; in bfloat16 (`half`), channels last (`last`), as a CUDA graph."""
+    """A bare training step: forward, backward, AdamW.
+
+    half   in bfloat16 by autocast;  weights: these in bfloat16 as well;  last: channels last
+    fused  AdamW in one kernel;  graph: as a CUDA graph;  compiled: by torch.compile, on a CPU by its eager backend
+    """
     layout = torch.channels_last if last else torch.contiguous_format
-    network = networks.Denoiser(size).to(device).to(memory_format=layout)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, capturable=graph)
+    dtype = torch.bfloat16 if weights else torch.float32
+    network = networks.Denoiser(size).to(device, dtype).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, capturable=graph, fused=fused or None)
+    call = torch.compile(network, backend="inductor" if device.type == "cuda" else "eager") if compiled else network
     side = networks.SIZES[size]["side"]
-    x, eps = (torch.randn(batch, 1, side, side, device=device).to(memory_format=layout) for _ in range(2))
+    x, eps = (torch.randn(batch, 1, side, side, device=device, dtype=dtype).to(memory_format=layout) for _ in range(2))
     t = torch.randint(1, 1001, (batch,), device=device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            output = network(x, t)
-        (output.float() - eps).square().mean().backward()
+            output = call(x, t)
+        (output.float() - eps.float()).square().mean().backward()
         optimizer.step()
 
     if not graph:
@@ -296,51 +379,59 @@ def _rates(device: torch.device, least: float) -> tuple[float, float]:
     return product, 8 * length / _seconds(lambda: target.copy_(source), device, least)
 
 
-def throughput(context: Context) -> dict[str, Any]:
-    """Training steps of the 28x28 network: images and FLOP a second, beside what the card can do.
+def throughput(
+    context: Context,
+    size: str = "mnist28",
+    variants: Mapping[str, dict[str, Any]] = VARIANTS,
+    batches: Sequence[int] = (128, 1024, 4096),
+) -> dict[str, Any]:
+    """The rate of training at 28x28, beside what the card can do.
 
+    Images and FLOP a second of a step of the network in each of `variants`.
     "rows": a row each, with "share" of the rate of a large product, and "roofline": how much of the time is due where
-    every operation moves its tensors and computes at the card's best; "ours" is `train_score` as it is.
+    every operation of the float32 network moves its tensors and computes at the card's best, and the same for that in
+    bfloat16; "ours" is `train_score` as it is, and with its
+    forward and backward passes recorded, as the race trains.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     device, gpu = context.device, context.device.type == "cuda"
-    size, batches = ("mnist28", (128, 512, 1024, 4096)) if not context.smoke else ("tiny", (4,))
-    side, least, rows, failed = networks.SIZES[size]["side"], 0.5 if gpu else 0.01, [], {}
+    if context.smoke:
+        size, batches = "tiny", (4,)
+    least, rows, failed = 0.4 if gpu else 0.01, [], {}
     product, bandwidth = _rates(device, least)
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    variants: dict[str, dict[str, Any]] = {"float32": {"strict": True}, "tf32": {}, "bfloat16": {"half": True}}
-    variants["bfloat16, channels last"] = {"half": True, "last": True}
-    if gpu:
-        variants["tf32, CUDA graph"] = {"graph": True}
-        variants["bfloat16, channels last, CUDA graph"] = {"half": True, "last": True, "graph": True}
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     try:
         for batch in batches:
-            with FlopCounterMode(display=False) as counter, Traffic() as moved:
-                _trainer(size, batch, device)()
-            flops = counter.get_total_flops()
-            due = max(flops / product, moved.bytes / bandwidth)
+            due = {}
+            for key, half in (("roofline", False), ("roofline_bfloat16", True)):
+                with FlopCounterMode(display=False) as counter, Traffic() as moved:
+                    _trainer(size, batch, device, weights=half)()
+                flops = counter.get_total_flops()
+                due[key] = max(flops / product, moved.bytes / bandwidth)
 
-            def add(name: str, seconds: float, batch: int = batch, flops: int = flops, due: float = due) -> None:
+            def add(name: str, seconds: float, batch: int = batch, flops: int = flops, due: dict = due) -> None:
                 row = {"variant": name, "batch": batch, "seconds": seconds, "images_per_s": batch / seconds}
-                row |= {"flop_per_s": flops / seconds, "share": flops / seconds / product, "roofline": due / seconds}
-                rows.append(row | {"flops": flops})
+                row |= {"flop_per_s": flops / seconds, "share": flops / seconds / product, "flops": flops}
+                rows.append(row | {key: value / seconds for key, value in due.items()})
 
             for name, options in variants.items():
+                if options.get("graph") and not gpu:
+                    continue
+                torch.backends.cudnn.benchmark = options.get("best", False)
                 _in_full(options.get("strict", False))
-                options = {key: value for key, value in options.items() if key != "strict"}
+                options = {key: value for key, value in options.items() if key not in ("strict", "best")}
                 try:
                     add(name, _seconds(_trainer(size, batch, device, **options), device, least))
-                except RuntimeError as error:  # a variant that this torch or card does not have
-                    failed[f"{name}, {batch}"] = " ".join(str(error).split())[:300]
+                except Exception as error:  # a variant that this torch, compiler or card does not have
+                    failed[f"{name}, {batch}"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            torch.backends.cudnn.benchmark = before[2]
             _in_full(True)
-            x0 = torch.randn(4 * batch, 1, side, side, device=device)
-            abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 1000).to(device)
-            training = ScoreTraining(networks.Denoiser(size).to(device), batch_size=batch)
-            loop = train_score(training, x0, abar, steps=10**9)
-            add("ours, float32", _seconds(lambda loop=loop: next(loop), device, least))
+            for name, recorded in (("ours, float32", False), ("ours, float32, recorded", True)):
+                add(name, _ours(size, batch, device, least, recorded))
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
+        torch.backends.cudnn.benchmark = before[2]
         _clear(device)
     best = max(rows, key=lambda row: row["images_per_s"])
     weights = sum(w.numel() for w in networks.Denoiser(size).parameters())
@@ -349,6 +440,17 @@ def throughput(context: Context) -> dict[str, Any]:
     said += f"most {best['images_per_s']:,.0f} ({best['variant']}, {best['batch']})"
     found = {"said": said, "size": size, "weights": weights, "product_flop_per_s": product, "failed": failed}
     return found | {"bandwidth_bytes_per_s": bandwidth, "rows": rows}
+
+
+def _ours(size: str, batch: int, device: torch.device, least: float, recorded: bool) -> float:
+    """Seconds of a step of `train_score`, its passes recorded or not."""
+    side = networks.SIZES[size]["side"]
+    x0 = torch.randn(4 * batch, 1, side, side, device=device)
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), 1000).to(device)
+    training = ScoreTraining(networks.Denoiser(size).to(device), batch_size=batch)
+    loop = train_score(training, x0, abar, steps=10**9)
+    with graphs.training(training.denoiser, (batch, *x0.shape[1:])) if recorded else nullcontext():
+        return _seconds(lambda: next(loop), device, least)
 
 
 # ---------------------------------------------------------------- 4. the race
@@ -362,21 +464,27 @@ def race(context: Context) -> schedule_race.Race:
 def warm(context: Context, seed: int) -> dict[str, Any]:
     """The denoiser that all searches of a repetition start from."""
     race(context).warm(schedule_race.search_seed(seed))
-    return {}
+    return {"seed": seed}
+
+
+def search(context: Context, method: str, seed: int) -> dict[str, Any]:
+    """The schedule that a search, or Algorithm 6, chooses in a repetition."""
+    chosen = {key: value for key, value in race(context).choose(method, seed).items() if key != "config"}
+    q = ", ".join(f"{value:.3f}" for value in chosen["q"])
+    return {"said": f"q = ({q})", "searches": [{"method": method, "seed": seed} | chosen]}
 
 
 def contest(context: Context, method: str, seed: int, **options: bool) -> dict[str, Any]:
-    """A method's schedule, and the denoiser trained at it, marked: as `Race.run` lists them."""
+    """A denoiser trained at the schedule that a method chose, and marked.
+
+    As `Race.run` lists them.
+    """
     own = race(context)
-    chosen = {key: value for key, value in own.choose(method, seed).items() if key != "config"}
     rows = own.final(method, seed, **options)
     name = schedule_race._slug("final", method, seed, *(key * value for key, value in sorted(options.items())))
     (own.folder / f"{name}.safetensors").unlink(missing_ok=True)  # its checkpoint
-    searches = (
-        [] if method in schedule_race.FIXED or any(options.values()) else [{"method": method, "seed": seed} | chosen]
-    )
     distances = [f"{row['frechet']:.2f} at {row['steps']}" for row in rows if row["split"] == "test"]
-    return {"said": "Fréchet " + ", ".join(distances), "searches": searches, "rows": rows}
+    return {"said": "Fréchet " + ", ".join(distances), "rows": rows}
 
 
 # ---------------------------------------------------------------- the plan
@@ -384,53 +492,93 @@ def contest(context: Context, method: str, seed: int, **options: bool) -> dict[s
 
 def all_pieces(smoke: bool = False) -> list[Piece]:
     """The plan, the most worth first."""
-    plan = asdict(SMALL_RACE if smoke else RACE)
-    found = [
-        Piece("checks", checks, 1.0, alone=True),
-        Piece("sd15-sample", sample, 1.0, gib=13, alone=True),
-    ]
+    found = [Piece("checks", checks, 1.0, alone=True, t4=1.5)]
+    found.append(Piece("sd15-sample", sample, 1.1, gib=7, alone=True, t4=5))
     for options, _ in memory.SETTINGS:
         if options["side"] >= 512:
-            name = "sd15-" + "-".join(
-                str(value if type(value) is not bool else f"{key}_{value}") for key, value in options.items()
-            )
-            gib = (
-                24 if options["dtype"] == "float32" or options["side"] > 512 or options.get("micro_batch") == 4 else 12
-            )
-            found.append(
-                Piece(name, partial(setting, options=dict(options)), 0.3, gib=gib, alone=True, settings=options)
-            )
-    found.append(Piece("sd15-particles", particles, 0.5, gib=24, alone=True))
-    found.append(Piece("throughput", throughput, 1.0, gib=8, alone=True))
+            values = (str(v if type(v) is not bool else f"{key}_{v}") for key, v in options.items())
+            name, slow = "-".join(("sd15", *values)), 16.0 if options["dtype"] == "float32" else 9.0
+            run = partial(setting, options=dict(options))
+            found.append(Piece(name, run, 0.1, gib=_gib(options), alone=True, t4=slow, settings=options))
+    found.append(Piece("sd15-particles", particles, 0.5, gib=22, alone=True, t4=9))
+    found += [
+        _speed("throughput", 1.0, "mnist28", VARIANTS, (128, 1024, 4096)),
+        _speed("throughput-folded", 0.3, RACE.name, FOLDED, (128, 4096)),
+    ]
+    # Here is the place of what is worth more than the race.
+    first, more = race_pieces(SMALL_RACE if smoke else RACE, () if smoke else ("mnist",))
+    found += first
+    for i, text in enumerate(PROMPTS):
+        found.append(Piece(f"sd15-stages-{i}", partial(stages, prompt=text), 1.5, gib=18, alone=True, t4=9))
+    found.append(_speed("throughput-compiled", 2.5, "mnist28", COMPILED, (128, 4096)))
+    return found + more
 
-    needs = () if smoke else ("mnist",)
 
-    def repetition(seed: int) -> Piece:
-        return Piece(f"race28-warm-{seed}", partial(warm, seed=seed), 0.5, gib=3, needs=needs, settings=plan)
+def _speed(name: str, minutes: float, size: str, variants: Mapping[str, Any], batches: Sequence[int]) -> Piece:
+    options = {"size": size, "variants": variants, "batches": batches}
+    return Piece(name, partial(throughput, **options), minutes, gib=14, alone=True, t4=4, settings=options)
+
+
+def race_pieces(plan: schedule_race.Plan, needs: Sequence[str]) -> tuple[list[Piece], list[Piece]]:
+    """Chapter 7 at 28x28: what three repetitions must have, the longest first; and the rest."""
+    shared = {"gib": 3, "needs": needs, "settings": asdict(plan)}
+    marks = plan.n // 500 * (sum(plan.grids) + plan.val_steps)
+    trial = {"steps": plan.trial_steps, "calls": plan.n_val // 500 * plan.val_steps, "rest": 1.0}
+    searching = estimate(**{key: plan.trials * value for key, value in trial.items()})
+    spent = plan.budget - plan.warm_cost  # by steps that are as dear as at 8x8
+    taken = dict.fromkeys(schedule_race.SEARCHES, searching)
+    taken |= {"Algorithm 6": estimate(passes=100 * (spent // 24_600), rest=5.0)}
+    taken |= {"zeroth order": estimate(passes=20 * (spent // 4_560), rest=5.0)}
+
+    def warming(seed: int) -> Piece:
+        return Piece(f"race28-warm-{seed}", partial(warm, seed=seed), **estimate(plan.warm_steps, rest=5.0), **shared)
+
+    def looking(method: str, seed: int) -> Piece:
+        name, run = f"race28-search-{schedule_race._slug(method)}-{seed}", partial(search, method=method, seed=seed)
+        return Piece(name, run, after=(f"race28-warm-{seed}",), **taken[method], **shared)
 
     def entry(method: str, seed: int, **options: bool) -> Piece:
-        name = "-".join(["race28", schedule_race._slug(method), str(seed), *options])
-        before = () if method in schedule_race.FIXED else (f"race28-warm-{seed}",)
-        if options.get("own"):
-            before = (f"race28-{schedule_race._slug(method)}-{seed}",)
+        slug = schedule_race._slug(method)
         run = partial(contest, method=method, seed=seed, **options)
-        minutes = 0.8 if method in schedule_race.FIXED and not options else 1.5
-        return Piece(name, run, minutes, gib=3, needs=needs, after=before, settings=plan)
+        before = () if method in schedule_race.FIXED else (f"race28-search-{slug}-{seed}",)
+        steps = plan.longer if options.get("total") else plan.final_steps
+        return Piece(
+            "-".join(["race28", slug, str(seed), *options]),
+            run,
+            after=before,
+            **estimate(steps, marks, rest=8.0),
+            **shared,
+        )
 
-    def seeds_of(methods: Sequence[str], seeds: Sequence[int], **options: bool) -> list[Piece]:
-        return [entry(method, seed, **options) for seed in seeds for method in methods]
+    def repetitions(seeds: Sequence[int]) -> list[Piece]:
+        searches = [method for method in NEEDED if method not in schedule_race.FIXED]
+        return [
+            *(warming(seed) for seed in seeds),
+            *(looking(method, seed) for method in reversed(searches) for seed in seeds),
+            *(entry(method, seed) for seed in seeds for method in reversed(NEEDED)),
+        ]
 
-    searches = ("Bayesian", "random", "grid")
-    found += [repetition(seed) for seed in SEEDS]
-    found += seeds_of(("Algorithm 6", *schedule_race.FIXED), SEEDS) + seeds_of(searches, SEEDS)
-    found += [
-        Piece(f"sd15-stages-{i}", partial(stages, prompt=p), 1.5, gib=24, alone=True) for i, p in enumerate(PROMPTS)
-    ]
-    found += seeds_of(("zeroth order",), SEEDS) + seeds_of(tuple(schedule_race.FIXED), SEEDS, total=True)
-    found += seeds_of(("Algorithm 6",), SEEDS, own=True)
-    for seed in MORE_SEEDS:
-        found += [repetition(seed), *seeds_of(("Algorithm 6", *schedule_race.FIXED, *searches), (seed,))]
-    return found
+    more = [make(method, seed) for method in ("grid", "zeroth order") for seed in SEEDS for make in (looking, entry)]
+    more += [entry(method, seed, total=True) for seed in SEEDS for method in schedule_race.FIXED]
+    more += [entry("Algorithm 6", seed, own=True) for seed in SEEDS]
+    return repetitions(SEEDS), more + repetitions(MORE_SEEDS)
+
+
+def race_ends(ends: Mapping[str, float], there: set[str]) -> float:
+    """Minute in which the repetitions of SEEDS have all of NEEDED, by a forecast; infinity where it has not all."""
+    wanted = [f"race28-{schedule_race._slug(method)}-{seed}" for method in NEEDED for seed in SEEDS]
+    return max(0.0 if name in there else ends.get(name, math.inf) for name in wanted)
+
+
+@cache
+def _counted() -> list[dict[str, Any]]:
+    return results.read_result("08_memory", results.book())["data"]["rows"]
+
+
+def _gib(options: dict[str, Any]) -> float:
+    """Memory that a setting needs: what chapter 8 counts, and two GiB for what kernels and the driver take."""
+    row = next(row for row in _counted() if {k: row[k] for k in row if k not in ("counted", "measured")} == options)
+    return row["counted"]["peak"] + 2
 
 
 def only(found: Sequence[Piece], names: Sequence[str]) -> list[Piece]:

@@ -43,9 +43,12 @@ class Piece:
     """A part of the plan.
 
     name      of its file;  run: context -> its result, JSON-able; what it keeps in context.folder it may go on from
-    minutes   that it takes on an H100 at most;  gib: of GPU memory
-    needs     data sets that must be at hand;  after: pieces that must be finished first
+    minutes   that it takes by itself on an H100 or H200
+    gib       of GPU memory;  needs: data sets that must be at hand;  after: pieces that must be finished first
     alone     it measures time or memory, so that nothing else may run
+    busy      share of its time in which the card computes: pieces whose shares are more than one in all slow each
+              other down, because a card serves one process at a time
+    t4        how many times longer it takes on a T4
     settings  what decides its numbers besides the code
     """
 
@@ -56,6 +59,8 @@ class Piece:
     needs: Sequence[str] = ()
     after: Sequence[str] = ()
     alone: bool = False
+    busy: float = 1.0
+    t4: float = 8.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -258,7 +263,8 @@ def run(
             left = end - time.monotonic()
             if left <= 0:
                 break
-            for piece in _startable(pending, state, workers, left, lanes):
+            busy = [worker.busy for worker in workers if worker.busy]
+            for piece in _startable(pending, state, busy, left, lanes):
                 free = [worker for worker in workers if not worker.busy]
                 if not free:
                     free = [Worker(number, arguments, heard, work / "logs" / f"{number}.txt")]
@@ -284,14 +290,14 @@ def run(
             state[piece.name] = "done" if message["ok"] else "failed"
             took = time.monotonic() - worker.since
             say(f"{piece.name:34s} {state[piece.name]:7s} {took:6.1f} s  {message['said']}")
-            pack(pieces, work, out, checkpoints=False)
+            pack(work, out, checkpoints=False)
     finally:
         for worker in workers:
             if worker.busy:
                 state[worker.busy.name] = "stopped"
                 say(f"{worker.busy.name:34s} stopped by the clock; the next call goes on with it")
             worker.end()
-        said = pack(pieces, work, out)
+        said = pack(work, out)
     late = [piece for piece in pieces if piece.name not in state]
     for piece in late:
         waits = [name for name in piece.after if state.get(name) not in ("kept", "done")]
@@ -302,16 +308,22 @@ def run(
     return state
 
 
+def slowed(pieces: Sequence[Piece]) -> float:
+    """How many times longer each takes where these run at a time."""
+    return max(1.0, sum(piece.busy for piece in pieces))
+
+
 def _startable(
-    pending: Sequence[Piece], state: Mapping[str, str], workers: Sequence[Worker], left: float, lanes: int
+    pending: Sequence[Piece], state: Mapping[str, str], busy: Sequence[Piece], left: float, lanes: int
 ) -> list[Piece]:
     """What to start now: in order, one that must be alone only where nothing runs, others up to `lanes` of them."""
-    busy = [worker.busy for worker in workers if worker.busy]
     if any(piece.alone for piece in busy):
         return []
     chosen: list[Piece] = []
     for piece in pending:
-        if 60 * piece.minutes > left or any(state.get(name) not in ("kept", "done") for name in piece.after):
+        if any(state.get(name) not in ("kept", "done") for name in piece.after):
+            continue
+        if 60 * piece.minutes * (1 if piece.alone else slowed([*busy, *chosen, piece])) > left:
             continue
         if piece.alone:
             if not busy and not chosen:
@@ -323,77 +335,106 @@ def _startable(
     return chosen
 
 
-def table(pieces: Sequence[Piece], there: set[str]) -> str:
-    """The plan as text: minutes, memory, what a piece needs, and whether it is there."""
-    lines = [f"{'piece':34s} {'minutes':>7s} {'GiB':>5s}  alone  needs"]
+def forecast(pieces: Sequence[Piece], there: set[str], lanes: int) -> dict[str, float]:
+    """Minute in which each piece that is not there would end, by the estimates, without the starts of processes."""
+    state, ends, now = dict.fromkeys(there, "kept"), {}, 0.0
+    pending = [piece for piece in pieces if piece.name not in there]
+    running: list[tuple[Piece, float]] = []  # with minutes of its own that are left
+    while True:
+        for piece in _startable(pending, state, [one for one, _ in running], float("inf"), lanes):
+            running.append((piece, piece.minutes))
+            pending.remove(piece)
+        if not running:
+            return ends
+        by = min(left for _, left in running)
+        now += by * slowed([one for one, _ in running])
+        ended = [one.name for one, left in running if left - by < 1e-9]
+        running = [(one, left - by) for one, left in running if one.name not in ended]
+        ends |= dict.fromkeys(ended, now)
+        state |= dict.fromkeys(ended, "done")
+
+
+def table(pieces: Sequence[Piece], there: set[str], lanes: int, minutes: float) -> str:
+    """The plan as text: minutes, memory, what a piece needs, when it would end, and what fits into the time."""
+    ends = forecast(pieces, there, lanes)
+    lines = [f"{'piece':34s} {'minutes':>7s} {'GiB':>5s}  alone  {'ends':>5s}  needs"]
     for p in pieces:
         needs = ", ".join([*p.needs, *(f"after {name}" for name in p.after)])
-        done = "  (kept)" if p.name in there else ""
-        lines.append(f"{p.name:34s} {p.minutes:7.1f} {p.gib:5.1f}  {'yes' if p.alone else '   '}    {needs}{done}")
+        at = "kept" if p.name in there else f"{ends[p.name]:.1f}" if p.name in ends else "–"
+        lines.append(f"{p.name:34s} {p.minutes:7.2f} {p.gib:5.1f}  {'yes' if p.alone else '   '}    {at:>5s}  {needs}")
     alone = sum(p.minutes for p in pieces if p.alone and p.name not in there)
-    rest = sum(p.minutes for p in pieces if not p.alone and p.name not in there)
-    return "\n".join([*lines, f"{alone:.1f} minutes of pieces that run alone, {rest:.1f} of those that share the card"])
+    card = sum(p.minutes * p.busy for p in pieces if not p.alone and p.name not in there)
+    lines.append(f"{alone:.1f} minutes of pieces that run alone, {card:.1f} of the card for those that share it")
+    done = [name for name, end in ends.items() if end <= minutes]
+    lines.append(
+        f"{lanes} at a time, {len(done)} of {len(ends)} end within {minutes:g} minutes, starts of processes apart"
+    )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the pack
 
 
-def pack(pieces: Sequence[Piece], work: Path, out: Path, checkpoints: bool = True) -> str:
-    """Writes gpu.json with all finished pieces, and gpu-1.tar ... with what unfinished ones go on from; says what."""
-    there = {p.name: json.loads(path_of(work, p.name).read_text()) for p in pieces if path_of(work, p.name).exists()}
-    text = json.dumps({"pieces": there}).encode()
+def pack(work: Path, out: Path, checkpoints: bool = True) -> str:
+    """Writes gpu.json with all finished pieces, and what unfinished ones go on from as gpu-1.tar ...; says what.
+
+    Those are one archive, cut where a file of the pack is full; gpu.json holds its SHA-256.
+    """
+    there = {path.stem: json.loads(path.read_text()) for path in sorted((work / "pieces").glob("*.json"))}
+    before = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
+    said, archive = "", before.get("archive")
+    if checkpoints:
+        whole, said = _archive(work / "kept")
+        for i in range(TARS):
+            path, part = out / f"gpu-{i + 1}.tar", whole[i * PACK : (i + 1) * PACK]
+            files.write_atomic(path, part) if part else path.unlink(missing_ok=True)
+        archive = hashlib.sha256(whole).hexdigest()
+    text = json.dumps({"pieces": there, "archive": archive}).encode()
     if len(text) > PACK:
         raise ValueError(f"the pieces take {len(text):,} bytes, more than the {PACK:,} of a file of the pack")
     files.write_atomic(out / "gpu.json", text)
-    said = f"gpu.json ({len(there)} pieces, {len(text) / 1e6:.1f} MB)"
-    if not checkpoints:
-        return said
-    keep = work / "kept"
-    found = [path for path in keep.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return f"gpu.json ({len(there)} pieces, {len(text) / 1e6:.1f} MB){said}"
+
+
+def _archive(kept: Path) -> tuple[bytes, str]:
+    """A tar of the files in a folder, as many as the pack has room for, and what is in it in words."""
+    found = [path for path in kept.rglob("*") if path.is_file() and not path.name.startswith(".")]
     found.sort(key=lambda path: (path.suffix != ".json", -path.stat().st_mtime))
-    tars: list[list[Path]] = [[] for _ in range(TARS)]
-    sizes, left_out = [10240] * TARS, []
-    for path in found:
-        size = path.stat().st_size + 2048
-        place = next((i for i in range(TARS) if sizes[i] + size <= PACK), None)
-        if place is None:
-            left_out.append(path)
-            continue
-        tars[place].append(path)
-        sizes[place] += size
-    for i, members in enumerate(tars, 1):
-        path = out / f"gpu-{i}.tar"
-        if not members:
-            path.unlink(missing_ok=True)
-            continue
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for member in members:
-                tar.add(member, arcname=member.relative_to(keep).as_posix())
-        files.write_atomic(path, buffer.getvalue())
-        said += f", {path.name} ({len(members)} files, {len(buffer.getvalue()) / 1e6:.1f} MB)"
-    if left_out:
-        said += f"; {len(left_out)} checkpoints found no room and stay in {places.relative(keep)}"
-    return said
+    buffer, packed = io.BytesIO(), 0
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path in found:
+            if buffer.tell() + path.stat().st_size + 16384 <= TARS * PACK:  # with its header and the end of the archive
+                tar.add(path, arcname=path.relative_to(kept).as_posix())
+                packed += 1
+    whole = buffer.getvalue() if packed else b""
+    said = f", gpu-*.tar ({packed} files, {len(whole) / 1e6:.1f} MB)" if packed else ""
+    if packed < len(found):
+        said += f"; {len(found) - packed} checkpoints found no room and stay in {places.relative(kept)}"
+    return whole, said
 
 
 def unpack(source: Path, work: Path) -> int:
     """Puts a pack's pieces and checkpoints into the folder of the work, where they are not there yet; how many."""
     if not (source / "gpu.json").is_file():
         raise FileNotFoundError(f"no gpu.json in {source}: name the folder that an earlier call wrote its pack to")
-    count = 0
-    for name, piece in json.loads((source / "gpu.json").read_text())["pieces"].items():
+    count, known = 0, json.loads((source / "gpu.json").read_text())
+    for name, piece in known["pieces"].items():
         path = path_of(work, name)
         if not path.exists():
             files.write_atomic(path, json.dumps(piece).encode())
             count += 1
-    for archive in sorted(source.glob("gpu-*.tar")):
-        with tarfile.open(archive) as tar:
-            for member in tar.getmembers():
-                target = work / "kept" / member.name
-                if member.isfile() and not target.exists() and (work / "kept") in target.parents:
-                    if ".." in Path(member.name).parts:
-                        raise ValueError(f"{archive} holds {member.name!r}, which leaves its folder")
-                    files.write_atomic(target, tar.extractfile(member).read())
-                    count += 1
+    whole = b"".join(path.read_bytes() for path in sorted(source.glob("gpu-*.tar")))
+    # Packs that say nothing of their archive are older: several whole ones, with zeros between them.
+    if whole and known.get("archive") and hashlib.sha256(whole).hexdigest() != known["archive"]:
+        raise ValueError(f"{source}/gpu-*.tar are not those of its gpu.json: fetch all of them again, or none")
+    if not whole:
+        return count
+    with tarfile.open(fileobj=io.BytesIO(whole), ignore_zeros=True) as tar:
+        for member in tar:
+            target = work / "kept" / member.name
+            if ".." in Path(member.name).parts or (work / "kept") not in target.parents:
+                raise ValueError(f"{source} holds {member.name!r}, which leaves its folder")
+            if member.isfile() and not target.exists():
+                files.write_atomic(target, tar.extractfile(member).read())
+                count += 1
     return count

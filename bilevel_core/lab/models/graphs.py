@@ -24,7 +24,7 @@ def training(network: nn.Module, shape: tuple[int, ...]) -> Iterator[bool]:
     """
     device = next(network.parameters()).device
     done = False
-    if device.type == "cuda":
+    if _records(device):
         try:
             with in_mode(True, network):  # as `train_score` calls it
                 _record(network, shape, device)
@@ -36,6 +36,10 @@ def training(network: nn.Module, shape: tuple[int, ...]) -> Iterator[bool]:
         yield done
     finally:
         vars(network).pop("forward", None)
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _record(network: nn.Module, shape: tuple[int, ...], device: torch.device) -> None:
@@ -67,7 +71,7 @@ def sampling(network: nn.Module, x: Tensor) -> Callable[[Tensor, int | Tensor], 
     Weights are those of the network, also after they change in place. Other shapes, and calls that want derivatives,
     go to the network; where there is no CUDA, or recording fails (a warning says so), all do.
     """
-    if x.device.type != "cuda":
+    if not _records(x.device):
         return network
     try:
         return _sampling(network, x)

@@ -23,10 +23,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,8 @@ from ...schedule_learning import ScheduleLearning, learn_schedule
 from ...seeds import derive_seed
 from .. import files
 from ..files import piece
-from ..models import networks
+from ..models import graphs, networks
+from ..training import checkpointed
 from .setting import Setting, generate, recipe, same_protocol, train_denoiser, training_end
 
 # What the released Bayesian search looks at: start, end, tau, epsilon of the cosine schedule.
@@ -224,6 +226,28 @@ ABLATION = (*(name for name in VARIANTS if name != "Algorithm 6"), "no bilevel t
 
 
 @dataclass
+class _Walk:
+    """Algorithm 6 and the rows of its path, which `checkpointed` keeps together."""
+
+    state: ScheduleLearning
+    path: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.state.tensors()
+
+    def meta(self) -> dict:
+        return self.state.meta() | {"path": self.path}
+
+    def load(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        self.state.load(tensors, meta)
+        self.path = meta["path"]
+
+
+@dataclass
 class Race(Setting):
     """The experiment at one size. Every result is a piece in `folder`: a killed race goes on where it was.
 
@@ -263,8 +287,9 @@ class Race(Setting):
         """Frechet distance to the validation split after a short fine-tune of (a copy of) the warm weights at q."""
         network, abar = copy.deepcopy(warm).requires_grad_(True), self.abar(kind, q)
         state = recipe(network, steps=self.plan.trial_steps, batch_size=self.plan.batch_size, seed=seed)
-        for _ in train_score(state, self.x0, abar, steps=self.plan.trial_steps):
-            pass
+        with graphs.training(network, (self.plan.batch_size, *self.x0.shape[1:])):
+            for _ in train_score(state, self.x0, abar, steps=self.plan.trial_steps):
+                pass
         return self.value(state.ema, abar, seed)
 
     @torch.no_grad()
@@ -278,28 +303,33 @@ class Race(Setting):
         return self.quality(images).item()
 
     def search(self, method: str, seed: int) -> dict:
-        """What a search found: "kind", "q", "cost", and "path", for each trial the cost so far, its q and value."""
+        """What a search found: "kind", "q", "cost", and "path", for each trial the cost so far, its q and value.
+
+        Resumable from trial to trial.
+        """
         seed = search_seed(seed)
+        name, config = _slug("search", method, seed), self.config(method=method, seed=seed)
+        begun = self.folder / f"{name}.begun.json"
 
         def compute() -> dict:
-            warm, path, propose = self.warm(seed), [], SEARCHES[method](self.plan.trials, seed)
-            q = next(propose)
+            warm, propose = self.warm(seed), SEARCHES[method](self.plan.trials, seed)
+            path, q = files.begun(begun, config), next(propose)
             for k in range(self.plan.trials):
-                q = schedules.project(torch.tensor(q, dtype=torch.float64), self.plan.T)
-                value = self.trial(warm, q, seed)
-                path.append(
-                    {"cost": self.plan.warm_cost + (k + 1) * self.plan.trial_cost, "q": q.tolist(), "value": value}
-                )
+                if k == len(path):
+                    q = schedules.project(torch.tensor(q, dtype=torch.float64), self.plan.T)
+                    cost = self.plan.warm_cost + (k + 1) * self.plan.trial_cost
+                    path.append({"cost": cost, "q": q.tolist(), "value": self.trial(warm, q, seed)})
+                    files.write_atomic(begun, json.dumps({"config": config, "rows": path}).encode())
                 try:
-                    q = propose.send(value)
+                    q = propose.send(path[k]["value"])
                 except StopIteration:
                     break
             best = min(path, key=lambda trial: trial["value"])
             return {"kind": "cosine", "q": best["q"], "cost": path[-1]["cost"], "path": path}
 
-        return piece(
-            self.folder / f"{_slug('search', method, seed)}.json", self.config(method=method, seed=seed), compute
-        )
+        found = piece(self.folder / f"{name}.json", config, compute)
+        begun.unlink(missing_ok=True)
+        return found
 
     def learning(self, seed: int, variant: str = "Algorithm 6") -> ScheduleLearning:
         """Algorithm 6 at its start, warmed up, with the options of VARIANTS; it validates as trials do."""
@@ -316,26 +346,40 @@ class Race(Setting):
     def learn(self, variant: str, seed: int) -> dict:
         """Algorithm 6 within the budget of a search, from the same warm weights: as `search`, with its records as path.
 
-        The weights of theta_star stay in `folder`, as learned_*.safetensors.
+        The weights of theta_star stay in `folder`, as learned_*.safetensors. Resumable every few steps.
         """
         seed = search_seed(seed)
         name = _slug(variant, seed)
+        begun = self.folder / f"learning_{name}.safetensors"
 
         def compute() -> dict:
-            state, path, largest, before = self.learning(seed, variant), [], 0, 0
-            for record in learn_schedule(state, self.x0, steps=10**6):
-                cost = self.plan.warm_cost + state.cost
-                row = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(record).items()}
-                path.append(row | {"cost": cost, "q": row["q_next"]})
-                largest, before = max(largest, state.cost - before), state.cost
-                if cost + largest > self.plan.budget:
-                    break
+            walk = _Walk(self.learning(seed, variant))
+            for _ in checkpointed(self._walk(walk), walk, begun, steps=10**6, every=4):
+                pass
+            path = walk.path
             q = settled(path, self.plan.T)
-            files.save_state(self.folder / f"learned_{name}.safetensors", state.star.ema.module.state_dict(), {"q": q})
+            weights = walk.state.star.ema.module.state_dict()
+            files.save_state(self.folder / f"learned_{name}.safetensors", weights, {"q": q})
             return {"kind": "cosine", "q": q, "cost": path[-1]["cost"], "path": path}
 
         config = self.config(method=variant, seed=seed, options=_plain(ALGORITHM_6 | VARIANTS[variant]))
-        return piece(self.folder / f"search_{name}.json", config, compute)
+        found = piece(self.folder / f"search_{name}.json", config, compute)
+        begun.unlink(missing_ok=True)
+        return found
+
+    def _walk(self, walk: _Walk) -> Iterator[dict]:
+        """The rows of Algorithm 6's path, while one more step as dear as the dearest fits into the budget."""
+        steps = learn_schedule(walk.state, self.x0, steps=10**6)
+        while True:
+            costs = [self.plan.warm_cost, *(row["cost"] for row in walk.path)]
+            if costs[-1] + max((b - a for a, b in itertools.pairwise(costs)), default=0) > self.plan.budget:
+                return
+            record = next(steps, None)
+            if record is None:
+                return
+            row = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(record).items()}
+            walk.path.append(row | {"cost": self.plan.warm_cost + walk.state.cost, "q": row["q_next"]})
+            yield walk.path[-1]
 
     def descend(self, method: str, seed: int) -> dict:
         """Descent of f alone, with one network and no bilevel term, within the same budget: as `search`."""

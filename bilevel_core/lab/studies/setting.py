@@ -25,6 +25,7 @@ IMAGES = {
     "digits8": ("digits", 8, "tiny", "mnist8"),
     "mnist8": ("mnist", 8, "tiny", "mnist8"),
     "mnist28": ("mnist", 28, "mnist28", "mnist28"),
+    "mnist28_folded": ("mnist", 28, "mnist28_folded", "mnist28"),
 }
 
 

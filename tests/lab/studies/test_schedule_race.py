@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bilevel_core import schedules
+from bilevel_core.lab import files
 from bilevel_core.lab.studies import schedule_race, setting
 
 PLAN = schedule_race.Plan(
@@ -117,6 +118,65 @@ def test_a_piece_of_another_plan_is_refused(race):
     other = schedule_race.Race(replace(race.plan, n_val=80), race.folder)
     with pytest.raises(ValueError, match="made with other n_val"):
         other.search("random", 0)
+
+
+class Killed(BaseException):
+    """What a clock does."""
+
+
+def without_time(found):
+    return {key: value for key, value in found.items() if key != "wall_s"}
+
+
+@pytest.mark.parametrize("name", schedule_race.SEARCHES)
+def test_a_search_goes_on_from_the_trial_it_was_killed_in(race, name, tmp_path, monkeypatch):
+    tried, whole = [], without_time(schedule_race.Race(race.plan, tmp_path / "whole", force=True).search(name, 0))
+
+    def trial(self, warm, q, seed):
+        tried.append(q.tolist())
+        if len(tried) == 5:
+            raise Killed
+        return truth(q)
+
+    monkeypatch.setattr(schedule_race.Race, "trial", trial)
+    with pytest.raises(Killed):
+        race.search(name, 0)
+    assert [path.name for path in race.folder.glob("*.json")] == [
+        f"search_{name}_{schedule_race.search_seed(0)}.begun.json"
+    ]
+    with pytest.raises(ValueError, match="begun.json was made with other n_val"):
+        schedule_race.Race(replace(race.plan, n_val=80), race.folder).search(name, 0)
+    found = without_time(race.search(name, 0))
+    assert found == whole and len(tried) == 10 and tried[5] == tried[4]
+    assert not list(race.folder.glob("*.begun.json"))
+
+
+@pytest.mark.slow
+def test_algorithm_6_goes_on_from_the_step_it_was_killed_in(tmp_path, monkeypatch):
+    few = {"samples": 4, "draws": 2, "inner": 1, "g_batch": 8, "val_every": 3}
+    monkeypatch.setattr(schedule_race, "ALGORITHM_6", schedule_race.ALGORITHM_6 | few)
+    plan = replace(PLAN, trials=9)
+    whole = schedule_race.Race(plan, tmp_path / "whole").learn("Algorithm 6", 0)
+    assert len(whole["path"]) > 6
+    race, learn, saved = schedule_race.Race(plan, tmp_path / "cut"), schedule_race.learn_schedule, []
+
+    def cut(state, x0, steps):
+        for record in learn(state, x0, steps=steps):
+            if record.k == 5:
+                saved.append(next(race.folder.glob("learning_*")).read_bytes())
+                raise Killed
+            yield record
+
+    monkeypatch.setattr(schedule_race, "learn_schedule", cut)
+    with pytest.raises(Killed):
+        race.learn("Algorithm 6", 0)
+    begun = next(race.folder.glob("learning_*"))
+    begun.write_bytes(saved[0])  # as if killed without a last word: step 4
+    monkeypatch.setattr(schedule_race, "learn_schedule", learn)
+    found = race.learn("Algorithm 6", 0)
+    assert without_time(found) == without_time(whole) and not begun.exists()
+    weights = [files.load_state(next((tmp_path / at).glob("learned_*")))[0] for at in ("whole", "cut")]
+    assert files.digest(weights[0]) == files.digest(weights[1])
 
 
 def test_measures_are_those_of_a_perfect_and_a_blind_model():
