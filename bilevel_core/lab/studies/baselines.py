@@ -262,7 +262,8 @@ class Summary(NamedTuple):
 
     regret      mean regret;  difference: regret minus the reference's, paired by seed and prompt
     won, tied, lost  pairs in which the method's regret is smaller, equal within `tie`, larger
-    verdict     "better", "worse", or "tie" where the interval of the difference holds 0; "reference"
+    verdict     "better" or "worse" where the interval of the difference lies below -tie or above tie, else "tie";
+                "reference"
     """
 
     method: str

@@ -177,7 +177,7 @@ FLIPS = [
     ("inference-only", {"08_digits": shift("cost", 1, method=A2)}, PARTLY),
     ("inference-only", {"08_digits": shift("cost", 1, method=A2), FIVE: shift("cost", 10**5, method=A2)}, BAD),
     *((f"schedule-vs-{m.lower()}", schedule(m, -100), BAD) for m in report.SCHEDULES),
-    ("schedule-vs-default", schedule("sigmoid", -100, "total"), BAD),
+    ("schedule-vs-default", schedule("Algorithm 6", -100), GOOD),
     ("schedule-vs-hand", schedule("cosine, end 0.95", 100, "total"), GOOD),
     ("released-loop", schedule("zeroth order", -100), GOOD),
     ("bilevel-term", schedule("no bilevel term", -100, split="val"), BAD),
