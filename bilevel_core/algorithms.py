@@ -97,6 +97,8 @@ class TiltSamples:
 
     r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
     at     the lam whose tilt they were drawn from; infinity: p_0 itself;  parts: the sets that `pooled` joined
+    group  (n,) integers: rows of one number depend on each other, as a family of particles does, or a chain's states;
+           None: no rows do.  size: how many independent draws the rows are worth; None: n
     Raises ValueError, naming the reward, if one is not finite.
     """
 
@@ -107,15 +109,22 @@ class TiltSamples:
     round: int = 0
     at: float = math.inf
     parts: tuple["TiltSamples", ...] = field(default=(), repr=False)
+    group: Tensor | None = field(default=None, repr=False)
+    size: float | None = None
 
     def __post_init__(self):
         for name in ("r_up", "r_low"):
             estimators.check_rewards(name, getattr(self, name))
 
     @classmethod
-    def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0):
-        """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0."""
-        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost, at=lam)
+    def from_tilt(
+        cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0, **about: object
+    ):
+        """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0.
+
+        about  further fields: `group`, which is "family" of the particles' info, and `size`
+        """
+        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost, at=lam, **about)
 
     @classmethod
     def pooled(cls, *sets: "TiltSamples") -> "TiltSamples":
@@ -129,12 +138,16 @@ class TiltSamples:
             raise ValueError(f"the first set must be of p_0 itself, at = infinity; they are drawn at {at}")
         sets = sorted(sets, key=lambda s: at.index(s.at))
         flat = [s if s.log_w is not None else dataclasses.replace(s, log_w=s.r_low.double() * 0) for s in sets]
+        flat = [s if s.group is not None else dataclasses.replace(s, group=torch.arange(len(s.r_low))) for s in flat]
         r_up, r_low, log_w = (torch.cat([getattr(s, n).double() for s in flat]) for n in ("r_up", "r_low", "log_w"))
-        sizes = torch.tensor([sum(len(s.r_low) for s in sets if s.at == lam) for lam in at])
+        rows = [sum(len(s.r_low) for s in sets if s.at == lam) for lam in at]
+        sizes = torch.tensor([sum(s.size or len(s.r_low) for s in sets if s.at == lam) for lam in at])
         lams = torch.tensor(at, dtype=torch.float64)
-        own = (log_w + r_low / lams.repeat_interleave(sizes)).split(sizes.tolist())  # within each law
-        log_w, _ = estimators.pool(r_low / lams[:, None], sizes, torch.cat([w.softmax(0) * len(w) for w in own]))
-        return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets))
+        own = (log_w + r_low / lams.repeat_interleave(torch.tensor(rows))).split(rows)  # within each law
+        count = torch.cat([w.softmax(0) * size for w, size in zip(own, sizes, strict=True)])
+        log_w, _ = estimators.pool(r_low / lams[:, None], sizes, count)
+        group = torch.cat([s.group.cpu() for s in flat]) if any(s.group is not None for s in sets) else None
+        return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets), group=group)
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
         """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""

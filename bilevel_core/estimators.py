@@ -271,12 +271,13 @@ def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) 
     return _paired(norm_gamma / 2, norm_star / 2, gamma)
 
 
-def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def pool(h: Tensor, sizes: Tensor, count: Tensor, log_z: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lets samples of K laws p_0 exp(h_k)/Z_k stand for p_0 together (multistate reweighting, Shirts & Chodera 2008).
 
     h      (K, n)  every h_k at every sample, law by law in one order; h_0 = 0 up to a constant, so that law 0 is p_0
     sizes  (K,)    how many of the n samples each law gave
     count  (n,)    how many of its law's samples a row stands for: 1, or n_k times its weight within the law
+    log_z  (K,)    where to start the search for log Z
     Returns log-weights (n,), as `tilt_weights` takes them, and log Z (K,), with log Z_0 = 0. A row gets one over the
     density of the mixture of all laws, sizes_k exp(h_k)/Z_k summed over k (the balance heuristic of Veach & Guibas
     1995), and log Z minimises a convex function of K - 1 numbers, by Newton's method. Unlike the effective sample size
@@ -284,7 +285,7 @@ def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     law itself. Where neighbouring laws do not overlap Z is rough, and with it log-weights between them.
     """
     h, sizes, count = h.double(), sizes.double(), count.double()
-    log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log()
+    log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log() if log_z is None else log_z
     step, little = torch.zeros_like(log_z), 1e-12 * sizes.sum() * torch.eye(len(sizes)).double()
 
     def look(log_z: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ class LookAhead:
 
     def potential(self, x0: Tensor) -> Tensor:
         """h(x0) = reward(x0)/lam, (B,)."""
-        r = _one_each(self.reward(x0), len(x0))
+        r = one_each(self.reward(x0), len(x0))
         h = r / self.lam
         if not read(torch.isfinite(h).all(), True):
             name = "reward/lam" if torch.isfinite(r).all() else "the reward"
@@ -191,14 +191,14 @@ class LookAhead:
             h = h * self.abar[t].to(h) ** self.temper if self.temper else h
             if not guided:
                 return hat, hat, h
-            grad = _gradient(h, x, keep)
+            grad = gradient_of(h, x, keep)
         return (hat, grad, h) if keep else (hat.detach(), grad, h.detach())
 
     def _run(self, function: Callable, *inputs: Tensor | int) -> Tensor:
         return recompute(function, *inputs, use_reentrant=False) if self.checkpoint else function(*inputs)
 
 
-def _one_each(r: Tensor, n: int) -> Tensor:
+def one_each(r: Tensor, n: int) -> Tensor:
     """What a reward gave for n samples, refused unless it is floating, (n,)."""
     wanted = f"it must be one value each, a floating tensor of shape ({n},)"
     if not isinstance(r, Tensor):
@@ -208,7 +208,7 @@ def _one_each(r: Tensor, n: int) -> Tensor:
     return r
 
 
-def _gradient(r: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+def gradient_of(r: Tensor, x: Tensor, keep: bool = False) -> Tensor:
     """The gradient of each value of r (B,) in its own row of x (B, ...); keep: with a graph."""
     grad = torch.autograd.grad(r.sum(), x, create_graph=keep, allow_unused=True)[0] if r.requires_grad else None
     if grad is None:
@@ -236,8 +236,8 @@ def released_target_matching(
     """
     with torch.enable_grad():
         x0 = x0.detach().requires_grad_()
-        r = _one_each(reward(x0), len(x0))
-        slope = _gradient(r, x0)
+        r = one_each(reward(x0), len(x0))
+        slope = gradient_of(r, x0)
     slope, offset = slope.reshape(len(x0), -1), r.detach() - (slope * x0.detach()).reshape(len(x0), -1).sum(1)
 
     def closeness(x: Tensor) -> Tensor:

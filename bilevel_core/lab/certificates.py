@@ -1,0 +1,94 @@
+"""Are the chains of `tempering` long enough? What must hold where every level of a ladder has its law, and does it?
+
+Imports torch and the core alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..estimators import pool
+from ..tempering import Tempered, effective_draws, kept
+
+
+def split_rhat(x: Tensor) -> float:
+    """The rank-normalised split R-hat of x (chains, n): 1 where the halves of all chains have one law.
+
+    The larger of those of location and of spread (Vehtari et al., arXiv 1903.08008, section 4.2); infinite where no
+    half varies but their values differ.
+    """
+    half = x.shape[1] // 2
+    x = torch.cat([x[:, :half], x[:, -half:]]).double()
+    return max(_rhat(x), _rhat((x - x.median()).abs()))
+
+
+def _rhat(x: Tensor) -> float:
+    values, place, count = x.unique(return_inverse=True, return_counts=True)
+    rank = count.cumsum(0) - (count - 1) / 2  # ties share the mean of their ranks
+    x, n = torch.special.ndtri((rank[place] - 0.375) / (x.numel() + 0.25)), x.shape[1]
+    within, between = x.var(1).mean(), x.mean(1).var()
+    return ((n - 1) / n + between / within).sqrt().item() if within > 0 else 1.0 if len(values) == 1 else float("inf")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far down a ladder the laws are proved to be sampled; as text, a sentence.
+
+    down_to  the smallest lam such that it and all above it pass; None: not even p_0 does
+    rows     for each level: "lam"; "low" and "low_se", E r_low and its error; "var", Var r_low; "rhat" and "draws", the
+             worst over r_low and what was measured; "families", how many draws of p_0 its states descend from; "log_z",
+             and "identity" and "area" in standard errors; "failed", the names of those outside their limits
+    """
+
+    down_to: float | None
+    rows: tuple[dict, ...]
+
+    def __str__(self) -> str:
+        said = "certified nowhere" if self.down_to is None else f"certified down to lambda = {self.down_to:g}"
+        bad = next((row for row in self.rows if row["failed"]), None)
+        if bad is None:
+            return f"{said}, the end of the ladder"
+        return f"{said}; at {bad['lam']:g}, " + " and ".join(f"{name} is {bad[name]:.3g}" for name in bad["failed"])
+
+
+def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: float = 4.0) -> Certificate:
+    """What runs of one ladder from opposite starts, from p_0 and from beyond the tilt, prove about each of its levels.
+
+    rhat, draws  all chains together have a split R-hat below it, and at least so many independent draws: by
+                 autocorrelation, or by how far the means of the chains are apart, whichever are fewer
+    sigmas       within so many standard errors (jackknife over half chains; a ladder makes some twenty comparisons),
+                 "identity": the means of neighbours differ by the integral of Var r_low over 1/lam between them, and
+                 "area": E r_low integrated over 1/lam from p_0 on is log Z; both against the pooled curve of all levels
+    Raises ValueError for a single run: chains that all start on one side of a barrier agree with each other.
+    """
+    if len(runs) < 2:
+        raise ValueError("one run proves nothing: pass one that starts from p_0 and one from beyond the tilt")
+    low, lams = kept("low", *runs), runs[0].config["lams"]
+    whole, half = torch.cat([low[..., None], kept("measured", *runs)], 3), len(low) // 2
+    beta, r = 1 / torch.tensor(lams).double(), torch.cat([low[:half], low[-half:]], 2).transpose(0, 1)  # (L, S, blocks)
+    h, blocks = beta[:, None] * r.flatten(), range(min(r.shape[2], 32))
+
+    def compare(left_out: int, log_z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """By how much means and the areas under them miss the pooled curve, (2, L - 1), and log Z (L,)."""
+        count = (torch.arange(r.shape[2]) % len(blocks) != left_out).double().expand_as(r)
+        log_w, log_z = pool(h, count.sum((1, 2)), count.flatten(), log_z)
+        off = (r * count).sum((1, 2)) / count.sum((1, 2)) - (h + log_w).softmax(1) @ r.flatten()
+        return torch.stack([off.diff(), torch.cumulative_trapezoid(off, beta)]), log_z
+
+    off, log_z = compare(-1, None)
+    without = torch.stack([compare(i, log_z)[0] for i in blocks])
+    off = off / (without.var(0) * (len(blocks) - 1) ** 2 / len(blocks)).sqrt().clamp(min=1e-300)
+    rows, replicas, down_to = [], kept("replica", *runs), None
+    for i, lam in enumerate(lams):
+        x = whole[:, i].movedim(2, 0).transpose(1, 2)  # (1 + m, C, S)
+        size = [min(effective_draws(y), len(y) * (y.var() / y.mean(1).var()).item()) for y in x]
+        row = {"lam": lam, "low": x[0].mean().item(), "var": x[0].var().item()}
+        row |= {"low_se": (row["var"] / size[0]) ** 0.5, "rhat": max(map(split_rhat, x)), "draws": min(size)}
+        row |= {"families": len(replicas[:, i].unique()), "log_z": log_z[i].item()}
+        row |= {name: off[j, i - 1].item() if i else 0.0 for j, name in enumerate(("identity", "area"))}
+        failed = {"rhat": row["rhat"] >= rhat, "draws": row["draws"] < draws}
+        failed |= {name: abs(row[name]) > sigmas for name in ("identity", "area")}
+        rows.append(row | {"failed": [name for name, bad in failed.items() if bad]})
+        down_to = lam if not any(r["failed"] for r in rows) else down_to
+    return Certificate(down_to, tuple(rows))
