@@ -25,7 +25,7 @@ def split_rhat(x: Tensor) -> float:
 
 def _rhat(x: Tensor) -> float:
     values, place, count = x.unique(return_inverse=True, return_counts=True)
-    rank = count.cumsum(0) - (count - 1) / 2  # ties share the mean of their ranks
+    rank = count.cumsum(0) - (count - 1).double() / 2  # ties share the mean of their ranks
     x, n = torch.special.ndtri((rank[place] - 0.375) / (x.numel() + 0.25)), x.shape[1]
     within, between = x.var(1).mean(), x.mean(1).var()
     return ((n - 1) / n + between / within).sqrt().item() if within > 0 else 1.0 if len(values) == 1 else float("inf")
@@ -58,8 +58,10 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
     rhat, draws  all chains together have a split R-hat below it, and at least so many independent draws: by
                  autocorrelation, or by how far the means of the chains are apart, whichever are fewer
     sigmas       within so many standard errors (jackknife over half chains; a ladder makes some twenty comparisons),
-                 "identity": the means of neighbours differ by the integral of Var r_low over 1/lam between them, and
-                 "area": E r_low integrated over 1/lam from p_0 on is log Z; both against the pooled curve of all levels
+                 "identity": the means of a level and of the one above it differ by the integral over 1/lam, between
+                 them, of Var r_low, as the pool of the two (`estimators.pool`) has it, and
+                 "area": the integral of E r_low from p_0 on, by the trapezoidal rule with end terms, is the pools' log
+                 Z; the rule's own error is taken to be a tenth of its end terms
     Raises ValueError for a single run: chains that all start on one side of a barrier agree with each other.
     """
     if len(runs) < 2:
@@ -67,25 +69,38 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
     low, lams = kept("low", *runs), runs[0].config["lams"]
     whole, half = torch.cat([low[..., None], kept("measured", *runs)], 3), len(low) // 2
     beta, r = 1 / torch.tensor(lams).double(), torch.cat([low[:half], low[-half:]], 2).transpose(0, 1)  # (L, S, blocks)
-    h, blocks = beta[:, None] * r.flatten(), range(min(r.shape[2], 32))
+    blocks = range(min(r.shape[2], 32))
 
-    def compare(left_out: int, log_z: Tensor | None) -> tuple[Tensor, Tensor]:
-        """By how much means and the areas under them miss the pooled curve, (2, L - 1), and log Z (L,)."""
-        count = (torch.arange(r.shape[2]) % len(blocks) != left_out).double().expand_as(r)
-        log_w, log_z = pool(h, count.sum((1, 2)), count.flatten(), log_z)
-        off = (r * count).sum((1, 2)) / count.sum((1, 2)) - (h + log_w).softmax(1) @ r.flatten()
-        return torch.stack([off.diff(), torch.cumulative_trapezoid(off, beta)]), log_z
+    def compare(i: int, left_out: int, log_z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Levels i and i + 1: by how much their means differ, less what their pool says; the area under E r_low between
+        them, less the pool's log Z; and the last term of that area."""
+        count = (torch.arange(r.shape[2]) % len(blocks) != left_out).double().expand_as(r[:2])
+        pair, step, n = r[i : i + 2], beta[i + 1] - beta[i], count[0].sum()
+        h = torch.stack([0 * step, step])[:, None] * pair.flatten()
+        log_w, log_z = pool(h, n.expand(2), count.flatten(), log_z)
+        mean = (pair * count).sum((1, 2)) / n
+        var = ((pair - mean[:, None, None]).square() * count).sum((1, 2)) / n
+        off, bend = mean - (h + log_w).softmax(1) @ pair.flatten(), step**2 / 12 * (var[1] - var[0])
+        return torch.stack([off[1] - off[0], step * mean.mean() - bend - log_z[1], bend]), log_z
 
-    off, log_z = compare(-1, None)
-    without = torch.stack([compare(i, log_z)[0] for i in blocks])
-    off = off / (without.var(0) * (len(blocks) - 1) ** 2 / len(blocks)).sqrt().clamp(min=1e-300)
+    found, spread, log_z = [], [], [0.0]
+    for i in range(len(lams) - 1):
+        all_in, ratio = compare(i, -1, None)
+        found.append(all_in)
+        spread.append(torch.stack([compare(i, k, ratio)[0] for k in blocks]))
+        log_z.append(log_z[-1] + ratio[1].item())
+    found, spread = torch.stack(found, 1), torch.stack(spread, 2)  # (3, L - 1), (blocks, 3, L - 1)
+    found[1:], spread[:, 1:] = found[1:].cumsum(1), spread[:, 1:].cumsum(2)
+    error = (spread.var(0) * (len(blocks) - 1) ** 2 / len(blocks)).sqrt()
+    error[1] = torch.hypot(error[1], found[2] / 10)
+    off = found / error.clamp(min=1e-300)
     rows, replicas, down_to = [], kept("replica", *runs), None
     for i, lam in enumerate(lams):
         x = whole[:, i].movedim(2, 0).transpose(1, 2)  # (1 + m, C, S)
         size = [min(effective_draws(y), len(y) * (y.var() / y.mean(1).var()).item()) for y in x]
         row = {"lam": lam, "low": x[0].mean().item(), "var": x[0].var().item()}
         row |= {"low_se": (row["var"] / size[0]) ** 0.5, "rhat": max(map(split_rhat, x)), "draws": min(size)}
-        row |= {"families": len(replicas[:, i].unique()), "log_z": log_z[i].item()}
+        row |= {"families": len(replicas[:, i].unique()), "log_z": log_z[i]}
         row |= {name: off[j, i - 1].item() if i else 0.0 for j, name in enumerate(("identity", "area"))}
         failed = {"rhat": row["rhat"] >= rhat, "draws": row["draws"] < draws}
         failed |= {name: abs(row[name]) > sigmas for name in ("identity", "area")}

@@ -1,8 +1,8 @@
 """Replica exchange in a sampler's noise: laws in closed form and by quadrature, and faults that must be noticed."""
 
+import importlib.util
 import inspect
 import math
-import types
 
 import pytest
 import torch
@@ -137,11 +137,11 @@ def keeps_its_laws(module, gradient):
     options = {"z": z, "chains": n, "sweeps": 3, "warmup": 0, "gradient": gradient, "dtype": torch.float64}
     g = torch.Generator().manual_seed(2)
     found = module.sample_tempered(module.NoiseMap(lambda z: z, (2,)), reward, lams, generator=g, **options)
-    assert found.state["r"].equal(reward(found.state["z"].flatten(0, 1)).reshape(3, n))
     standard = (found.state["z"] - mean) / var.sqrt()
     numbers = standard.movedim(1, 0).flatten(1)  # (n, 6), of which all are independent and N(0, 1)
     products = numbers[:, :, None] * numbers[:, None, :]
-    return within(numbers, 0, 4.5) and within(products, torch.eye(6, dtype=torch.float64), 4.5)
+    known = torch.allclose(found.state["r"], reward(found.state["z"].flatten(0, 1)).reshape(3, n))
+    return known and within(numbers, 0, 4.5) and within(products, torch.eye(6, dtype=torch.float64), 4.5)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -150,16 +150,14 @@ def test_moves_and_exchanges_leave_every_law_as_it_is(gradient):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_move_is_noticed(fault):
+def test_a_broken_move_is_noticed(fault, tmp_path):
     source, (right, wrong) = inspect.getsource(tempering), FAULTS[fault]
     assert source.count(right) == 1
-    broken = types.ModuleType("bilevel_core.broken")
-    broken.__package__ = "bilevel_core"
-    exec(source.replace(right, wrong), broken.__dict__)
-    try:
-        assert not (keeps_its_laws(broken, True) and keeps_its_laws(broken, False))
-    except AssertionError as error:
-        assert "equal" in str(error)  # a state whose reward is another state's
+    (tmp_path / "broken.py").write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("bilevel_core.broken", tmp_path / "broken.py")
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    assert not (keeps_its_laws(broken, True) and keeps_its_laws(broken, False))
 
 
 # ---------------------------------------------------------------- the loop
