@@ -98,7 +98,7 @@ class TiltSamples:
     r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
     at     the lam whose tilt they were drawn from; infinity: p_0 itself;  parts: the sets that `pooled` joined
     group  (n,) integers: rows of one number depend on each other, as a family of particles does, or a chain's states;
-           None: no rows do.  size: how many independent draws the rows are worth; None: n
+           None: no rows do.  size: how many independent draws the rows are worth; None: as many as groups, by weight
     Raises ValueError, naming the reward, if one is not finite.
     """
 
@@ -137,23 +137,103 @@ class TiltSamples:
         if at[0] < math.inf:
             raise ValueError(f"the first set must be of p_0 itself, at = infinity; they are drawn at {at}")
         sets = sorted(sets, key=lambda s: at.index(s.at))
-        flat = [s if s.log_w is not None else dataclasses.replace(s, log_w=s.r_low.double() * 0) for s in sets]
-        flat = [s if s.group is not None else dataclasses.replace(s, group=torch.arange(len(s.r_low))) for s in flat]
-        r_up, r_low, log_w = (torch.cat([getattr(s, n).double() for s in flat]) for n in ("r_up", "r_low", "log_w"))
-        rows = [sum(len(s.r_low) for s in sets if s.at == lam) for lam in at]
-        sizes = torch.tensor([sum(s.size or len(s.r_low) for s in sets if s.at == lam) for lam in at])
-        lams = torch.tensor(at, dtype=torch.float64)
-        own = (log_w + r_low / lams.repeat_interleave(torch.tensor(rows))).split(rows)  # within each law
-        count = torch.cat([w.softmax(0) * size for w, size in zip(own, sizes, strict=True)])
-        log_w, _ = estimators.pool(r_low / lams[:, None], sizes, count)
-        group = torch.cat([s.group.cpu() for s in flat]) if any(s.group is not None for s in sets) else None
-        return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets), group=group)
+        low, up = (torch.cat([getattr(s, name).double() for s in sets]) for name in ("r_low", "r_up"))
+        log_w = torch.cat([(s.r_low * 0 if s.log_w is None else s.log_w).double() for s in sets])
+        rows, lams = [len(s.r_low) for s in sets], torch.tensor([s.at for s in sets], dtype=torch.float64)
+        own = (log_w + low / lams.repeat_interleave(torch.tensor(rows))).split(rows)  # within each law
+        of = [[i for i, s in enumerate(sets) if s.at == lam] for lam in at]
+        worth = [
+            s.size or (len(w) if s.group is None else s.groups(w.softmax(0))) for s, w in zip(sets, own, strict=True)
+        ]
+        sizes = torch.tensor([sum(worth[i] for i in law) for law in of])
+        count = [torch.cat([own[i] for i in law]).softmax(0) * size for law, size in zip(of, sizes, strict=True)]
+        log_w, _ = estimators.pool(low / torch.tensor(at, dtype=torch.float64)[:, None], sizes, torch.cat(count))
+        group = [torch.arange(len(s.r_low)) if s.group is None else s.group.cpu() for s in sets]
+        group = torch.cat(group) if any(s.group is not None for s in sets) else None
+        return cls(up, low, log_w, sum(s.cost for s in sets), parts=tuple(sets), group=group)
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
         """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return estimators.tilt_weights(self.r_low, lam, self.log_w)
+
+    def groups(self, p: Tensor) -> float:
+        """The effective number of groups, where rows have the weights p (n,); of rows, where there are no groups."""
+        return 1 / self._by_group(p).square().sum().item()
+
+    def error(self, p: Tensor, influence: Tensor) -> float:
+        """The standard error of an estimate with weights p, from what each row adds to it, both (n,): by groups, as if
+        only they were independent. For families of particles that is the estimate of Chan & Lai (2013). Infinite for
+        one group.
+        """
+        if self.group is None:
+            return influence.norm().item()
+        rest = 1 - 1 / self.groups(p)
+        return self._by_group(influence).norm().item() / rest**0.5 if rest > 1e-9 else math.inf
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        return values if self.group is None else torch.bincount(self.group, values)
+
+    def without(self, block: int, blocks: int) -> "TiltSamples":
+        """This set without every `blocks`-th group from number `block` on, pooled anew: for a jackknife."""
+        sets = []
+        for s in self.parts or (self,):
+            stay = (torch.arange(len(s.r_low)) if s.group is None else s.group) % blocks != block
+            rows = {n: v[stay] for n in ("r_up", "r_low", "log_w", "group") if (v := getattr(s, n)) is not None}
+            size = s.size and s.size * stay.double().mean().item()
+            sets += [dataclasses.replace(s, **rows, size=size)] if stay.any() else []
+        if not sets:
+            raise ValueError("all rows are one group, whose error nothing can tell: draw independent ones")
+        return TiltSamples.pooled(*sets) if self.parts else sets[0]
+
+
+@dataclass(frozen=True)
+class BestLam:
+    """The strength to choose: `lam` with E r_up there (`up`, `se`), the `interval` of those that may be as good, and
+    `source`, what says so."""
+
+    lam: float
+    up: float
+    se: float
+    interval: tuple[float, float]
+    source: str
+
+
+def best_lam(
+    samples: TiltSamples,
+    lams: Tensor,
+    *,
+    z: float = 1.96,
+    blocks: int = 20,
+    min_ess: float = estimators.MIN_ESS,
+    min_groups: float = 5.0,
+) -> BestLam:
+    """Where the curve lambda -> E_{p_star}[r_up] of all samples is highest, with an error that counts groups.
+
+    lams     (m,) increasing; those count that have an effective sample size of min_ess and as many as min_groups groups
+             (all, if none has): a single lucky family makes no top
+    blocks   of groups: errors are a jackknife that leaves out one block at a time and pools the others anew
+    The interval holds the neighbours that fall short by no more than z standard errors of the difference.
+    """
+
+    def curve(s: TiltSamples) -> Tensor:
+        low, log_w = s.r_low.double(), 0.0 if s.log_w is None else s.log_w
+        return torch.stack([(low / lam + log_w).softmax(0) @ s.r_up.double() for lam in lams])
+
+    tilts = (samples.tilt(lam) for lam in lams)
+    enough = torch.tensor([info["ess"] >= min_ess and samples.groups(p) >= min_groups for p, info in tilts])
+    lams = lams[enough] if enough.any() else lams
+    up, without = curve(samples), torch.stack([curve(samples.without(i, blocks)) for i in range(blocks)])
+    low = high = best = int(up.argmax())
+    se, gap_se = ((v.std(0) * (blocks - 1) / blocks**0.5) for v in (without, without - without[:, best : best + 1]))
+    as_good = up[best] - up <= z * gap_se
+    while low > 0 and as_good[low - 1]:
+        low -= 1
+    while high < len(lams) - 1 and as_good[high + 1]:
+        high += 1
+    source = f"top of the curve of {len(samples.parts) or 1} sets"
+    return BestLam(*(v[best].item() for v in (lams, up, se)), (lams[low].item(), lams[high].item()), source)
 
 
 @dataclass(frozen=True)
@@ -163,7 +243,7 @@ class LamStep:
     up, up_se, low, kl  E r_up with its standard error, E r_low, and KL(p_star || p_0)
     ess, cost, round    effective sample size, image forwards so far, how often samples were drawn anew
     done                None, or why the loop ends here;  warning: None, or what is wrong with the estimate
-    outer               the step of Algorithm 1, to resume from
+    outer               the step of Algorithm 1, to resume from;  best: at the end of a run that draws, why it is here
     """
 
     k: int
@@ -181,9 +261,10 @@ class LamStep:
     done: str | None
     warning: str | None
     outer: PenaltyStep = field(repr=False)
+    best: BestLam | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class LamProblem:
     """Learning x = log lam as Algorithm 1 sees it: p_star is a set of samples, p_gamma the same set, weighted anew."""
 
@@ -191,20 +272,23 @@ class LamProblem:
     draw: Callable[[float, int], TiltSamples] | None
     min_ess: float
     pool: bool = False
+    again: bool = False
 
     def solve_star(self, x: Tensor, warm: TiltSamples | None = None) -> TiltSamples:
         """The first samples, else the last, whichever have an effective sample size of min_ess at lam; else new ones.
 
         It cannot see a mode that no sample is in: samples of a sharp tilt may miss one, those of p_0 cover every tilt.
-        With `pool` nothing is thrown away: every set drawn so far, the first included, counts at every lam.
+        With `pool` every set drawn so far, the first included, counts at every lam; without, they are its `parts`. With
+        `again` new ones are drawn in any case.
         """
         last, lam = warm or self.samples, x.exp().item()
         for samples in (last,) if self.pool else (self.samples, last):
-            if self.draw is None or samples.tilt(lam)[1]["ess"] >= self.min_ess:
-                return dataclasses.replace(samples, cost=last.cost, round=last.round)
+            if self.draw is None or (not self.again and samples.tilt(lam)[1]["ess"] >= self.min_ess):
+                return dataclasses.replace(samples, cost=last.cost, round=last.round, parts=last.parts)
         fresh = self.draw(lam, last.round + 1)
-        new = TiltSamples.pooled(*(last.parts or (last,)), fresh) if self.pool else fresh
-        return dataclasses.replace(new, cost=last.cost + fresh.cost, round=last.round + 1)
+        parts = (*(last.parts or (last,)), *(fresh.parts or (fresh,)))
+        new = TiltSamples.pooled(*parts) if self.pool else fresh
+        return dataclasses.replace(new, cost=last.cost + fresh.cost, round=last.round + 1, parts=parts)
 
     def solve_gamma(self, x: Tensor, gamma: float, warm: None = None) -> None:
         """Nothing to do: common samples keep the difference of the two laws stable."""
@@ -214,9 +298,11 @@ def secant(previous: PenaltyStep | None, grad: Tensor, largest: float = 1.0) -> 
     """A step rule for one variable: the secant step where the slope of the gradient is positive, never above `largest`.
 
     Scale-free, so it crosses the flat regions of small and large lambda in a few steps. The first step is largest/2.
+    After k draws of new samples `largest` is divided by 1 + k: a slope between two sets is noise for the greater part.
     """
     if previous is None:
         return largest / 2 * grad.sign()
+    largest /= 1 + getattr(previous.p_star, "round", 0)
     slope = (grad - previous.grad) / (previous.x_next - previous.x)
     size = grad.abs() / slope if slope > 0 else torch.full_like(grad, largest)
     return grad.sign() * size.clamp(max=largest)
@@ -247,14 +333,17 @@ def learn_lam(
     step       step size for dL/dlog lam, or a rule (last step of Algorithm 1, gradient) -> the decrease of log lam
     draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
                particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
-    rounds     how often to draw at most; where lam would then move out of reach, the loop ends. None: no limit
+    rounds     how often to draw: where the loop would converge before, it draws again; where lam would move out of
+               reach after, it ends. None: as often as needed
     pool       True reweights all that was ever drawn, by `TiltSamples.pooled`, instead of the last samples alone
     stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
                log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
     resume     continue after this record, as if never stopped; gamma and samples must be what they were
     Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
-    or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. Raises ValueError for a bad lam,
-    gamma or samples, or if min_ess is out of reach.
+    or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. With `draw` there is one more, not
+    where the path happens to end but at `best_lam` of all that was drawn, from the smallest lam of the path on.
+    Standard errors count groups of samples, where they have any. Raises ValueError for a bad lam, gamma or samples, or
+    if min_ess is out of reach.
     """
     if not 0 < bounds[0] <= lam <= bounds[1] < float("inf"):
         raise ValueError(f"lam = {lam} must be positive and lie within bounds = {bounds}")
@@ -264,6 +353,8 @@ def learn_lam(
     if resume and resume.round == 0:
         now = {"gamma": gamma(resume.k) if callable(gamma) else gamma, "samples": fingerprint(samples.r_low)}
         refuse_changes({"gamma": resume.gamma, "samples": fingerprint(previous.p_star.r_low)}, now)
+    if resume and resume.done:
+        return
     if reach > math.log(lam):
         warnings.warn(
             f"lam starts at {reach.exp():.3g}, not {lam:g}: the samples reach no further down; pass draw", stacklevel=2
@@ -273,41 +364,66 @@ def learn_lam(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the record has it
             grad, info = estimator(now.r_up, now.r_low, x.exp(), gamma, now.log_w)
-        return x.exp() * grad, info
+        return x.exp() * grad, info | {"lowest": min(previous.info["lowest"], x) if previous else x}
 
+    def record(outer: PenaltyStep) -> LamStep:
+        now, info, lam = outer.p_star, outer.info, outer.x.exp().item()
+        p, tilted = now.tilt(lam)
+        up, low = p @ now.r_up.to(p), p @ now.r_low.to(p)
+        se = now.error(p, info["influence"]) if "influence" in info else float(info["se"])
+        numbers = (up.item(), now.error(p, p * (now.r_up.to(p) - up)), low.item(), tilted["kl"])
+        numbers += (min(info["ess"], tilted["ess"]), now.cost, now.round)
+        return LamStep(outer.k, lam, outer.grad.item() / lam, se, outer.gamma, *numbers, None, info["warning"], outer)
+
+    def ending(now: LamStep) -> str | None:
+        """Why the loop ends here, or None; and whether it is to draw again."""
+        x, grad, done = now.outer.x, now.outer.grad.item(), None
+        limited, left = draw is not None and rounds is not None, 0
+        if limited:
+            left = rounds - now.round
+        if (x <= reach and grad > 0) or (x >= high and grad < 0):
+            where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
+            done = f"boundary at lam = {now.lam:.4g}: the optimum is {where}"
+        elif now.ess >= min_ess and (left > 0 or now.se < math.inf):
+            if abs(grad) <= stop * now.lam * now.se or (now.outer.x_next - x).abs() <= tol:
+                done = f"converged at lam = {now.lam:.4g}"
+        if callable(gamma) and gamma(now.k + 1) != now.gamma:
+            done = None
+        problem.again = left > 0 and done is not None and done.startswith("converged")
+        if limited and left <= 0:
+            next_lam = now.outer.x_next.exp().item()
+            if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now.outer.p_star)):
+                done = done or f"draws used up at lam = {now.lam:.4g}"
+        return None if problem.again else done
+
+    problem = LamProblem(samples, draw, min_ess, pool)
+    done = ending(resume) if resume and draw else None
     loop = penalty_descent(
-        LamProblem(samples, draw, min_ess, pool),
+        problem,
         torch.tensor(lam, dtype=torch.float64).log(),
         gamma=gamma,
         step=(lambda k, grad: step(previous, grad)) if callable(step) else step,
-        steps=steps if not (resume and resume.done) else 0,
+        steps=steps,
         estimator=log_grad,
         project=lambda x: x.clamp(reach, high),
         resume=previous,
     )
-    for outer in loop:
-        x, now, info, grad = outer.x, outer.p_star, outer.info, outer.grad.item()
-        lam = x.exp().item()
-        p, tilted = now.tilt(lam)
-        se, ess, done = float(info["se"]), min(info["ess"], tilted["ess"]), None
-        if (x <= reach and grad > 0) or (x >= high and grad < 0):
-            where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
-            done = f"boundary at lam = {lam:.4g}: the optimum is {where}"
-        elif ess >= min_ess and (abs(grad) <= stop * lam * se or (outer.x_next - x).abs() <= tol):
-            done = f"converged at lam = {lam:.4g}"
-        if callable(gamma) and gamma(outer.k + 1) != outer.gamma:
-            done = None
-        if draw and rounds is not None and now.round >= rounds:
-            next_lam = outer.x_next.exp().item()
-            if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now)):
-                done = done or f"draws used up at lam = {lam:.4g}"
-        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
-        up, up_se = (p @ r_up).item(), (p * (r_up - p @ r_up)).norm().item()
-        measured = (up, up_se, (p @ r_low).item(), tilted["kl"], ess, now.cost, now.round)
-        yield LamStep(outer.k, lam, grad / lam, se, outer.gamma, *measured, done, info["warning"], outer)
+    for outer in () if done else loop:
+        found = record(outer)
+        done, previous = ending(found), outer
+        yield found if draw else dataclasses.replace(found, done=done)
         if done:
-            return
-        previous = outer
+            break
+    if draw and previous:
+        now = previous.p_star
+        everything = dataclasses.replace(TiltSamples.pooled(*(now.parts or (now,))), cost=now.cost, round=now.round)
+        lams = torch.linspace(previous.info["lowest"], high, 161, dtype=torch.float64).exp()
+        best = best_lam(everything, lams, min_ess=min_ess)
+        x = torch.tensor(best.lam).double().log()
+        grad, info = log_grad(None, x, everything, None, previous.gamma)
+        found = record(dataclasses.replace(previous, k=previous.k + 1, x=x, grad=grad, info=info, p_star=everything))
+        done = done and f"{done}; best at lam = {best.lam:.4g}"
+        yield dataclasses.replace(found, done=done, outer=previous, best=best)
 
 
 def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: float) -> Tensor:

@@ -200,10 +200,11 @@ def lam_grad_penalty(
     r_up, r_low  (n,)  upper and lower rewards of the same samples of p_0
     lam          ()    entropy strength > 0;  gamma > 0, may be infinite
     log_w        (n,)  optional log-weights of the samples, as in `tilt_weights`
-    Returns the gradient (), float64, and info: "se" its standard error, "ess" the smaller effective sample size of the
-    two laws, "warning" as in `tilt_weights`. Both laws share the samples, and their difference is taken before it is
-    multiplied, so standard error and rounding stay bounded as gamma grows: the limit is `lam_grad_cov`, at infinity and
-    before. Raises ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
+    Returns the gradient (), float64, and info: "se" its standard error, which is the norm of "influence" (n,), what
+    each sample adds to the error; "ess" the smaller effective sample size of the two laws; "warning" as in
+    `tilt_weights`. Both laws share the samples, and their difference is taken before it is multiplied, so standard
+    error and rounding stay bounded as gamma grows: the limit is `lam_grad_cov`, at infinity and before. Raises
+    ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
     """
     r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
     if gamma == float("inf"):
@@ -469,7 +470,8 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
             "raise lam, draw more samples, or draw them guided or as particles at this lam"
         )
         warnings.warn(warning, stacklevel=3)
-    return {"ess": ess, "warning": warning} | ({} if influence is None else {"se": influence.square().sum(-1).sqrt()})
+    error = {} if influence is None else {"influence": influence, "se": influence.square().sum(-1).sqrt()}
+    return {"ess": ess, "warning": warning} | error
 
 
 def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:

@@ -239,7 +239,13 @@ def sample_particles(
         raise ValueError(f"eta = {eta} must lie in (0, 1]: without noise no weight can correct the proposal")
     n = len(x)
     log_w = torch.full((n,), -math.log(n), dtype=torch.float64, device=x.device)  # exp(log_w) sums to Z so far
-    h, sizes, resampled, family, path = torch.zeros_like(log_w), [], [], torch.arange(n, device=x.device), [x]
+    h, sizes, resampled, family, path = (
+        torch.zeros_like(log_w),
+        [],
+        [],
+        torch.arange(n, device=x.device),
+        [x] * keep_noise,
+    )
     abar, pairs, dark = _start(x, abar, ts, progress)
     for t, s in pairs:
         eps_hat, eps_proposal, h_next = guide.look(x, t, guided and s > 0)

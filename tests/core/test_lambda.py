@@ -1,5 +1,6 @@
 """Algorithm 2: learning lambda where the answer is known, from fixed samples, tilted samples and particles."""
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -118,7 +119,7 @@ def test_samples_are_drawn_anew_where_the_effective_sample_size_falls():
     assert records[-1].cost == 20_000 * (50 + 100 * records[-1].round)
     assert records[-1].lam == pytest.approx(OPTIMUM, rel=0.06)
     for record in records[1:]:  # KL from p_0, also far from where p_0 has samples
-        assert record.kl == pytest.approx(PROBLEM.kl(PROBLEM.p_gamma(record.lam)).item(), rel=0.1)
+        assert record.kl == pytest.approx(PROBLEM.kl(PROBLEM.p_gamma(record.lam)).item(), rel=0.15)
 
 
 def test_without_a_way_to_draw_it_stays_within_reach():
@@ -188,8 +189,8 @@ def test_pooling_learns_better_from_the_same_draws():
     def error(pool, seed):
         samples, draw = plain(300, seed), exact_tilt(100)
         options = {"draw": lambda lam, round: draw(lam, 1000 * seed + round), "min_ess": 60, "rounds": 5}
-        *_, last = algorithms.learn_lam(samples, 0.5, pool=pool, **options)
-        return math.log(last.lam / OPTIMUM) ** 2
+        *_, end, _ = algorithms.learn_lam(samples, 0.5, pool=pool, **options)  # the last pools in any case
+        return math.log(end.lam / OPTIMUM) ** 2
 
     with_pool, without = (sum(error(pool, seed) for seed in range(20)) for pool in (True, False))
     assert with_pool < 0.7 * without
@@ -216,15 +217,167 @@ def test_pooled_sets_are_joined_by_law_and_need_p_0_first():
 # ---------------------------------------------------------------- the boundary, steps, bad input
 
 
-def test_draws_are_limited():
-    free = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt()))
-    assert free[-1].round > 1
-    for rounds in (1, free[-1].round):
-        some = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt(), rounds=rounds))
-        assert some[-1].round <= rounds and [s.lam for s in some] == [s.lam for s in free[: len(some)]]
-    assert some[-1].done == free[-1].done
-    one = list(algorithms.learn_lam(plain(20_000), 0.05, draw=exact_tilt(), rounds=1))[-1]
-    assert one.done.startswith("draws used up at lam") or one.done.startswith("converged")
+def test_draws_are_limited_and_used_up():
+    def run(rounds):
+        return list(algorithms.learn_lam(plain(4000), 0.05, draw=exact_tilt(2000), rounds=rounds))
+
+    free, one, many = run(None), run(1), run(9)
+    assert free[-1].round > 1 and free[-1].done.startswith("converged at lam = ")
+    assert one[-1].round == 1 and one[-1].done.startswith("draws used up at lam = 0.05")
+    assert one[0].lam == free[0].lam
+    assert many[-1].round == 9 and many[-1].cost == 4000 * 50 + 9 * 2000 * 100  # it does not stop before
+    assert [s.lam for s in many[: len(free) - 1]] == [s.lam for s in free[:-1]]
+    for run_ in (free, one, many):
+        assert all(step.done is None and step.best is None for step in run_[:-1])
+
+
+# ---------------------------------------------------------------- the end of a run, and independent rows
+
+
+def families(lam, round, count=6, n=240, seed=0):
+    """As a few families of particles: n rows of `count` draws of the exact tilt."""
+    g = torch.Generator().manual_seed(1000 * seed + round)
+    family = torch.randint(count, (n,), generator=g)
+    x = MIXTURE.tilt(1 / lam).sample(count, g)[family]
+    log_w = torch.full((n,), -math.log(n), dtype=torch.float64)
+    return algorithms.TiltSamples.from_tilt(upper(x), x, lam, log_w, 0.0, cost=n, group=family)
+
+
+def test_errors_count_groups():
+    r = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = torch.arange(300) // 3
+    rows = algorithms.TiltSamples(r, r**2, group=group)
+    p, influence = torch.full((300,), 1 / 300, dtype=torch.float64), r / 300
+    sums = influence.reshape(100, 3).sum(1)
+    assert rows.error(p, influence) == pytest.approx(float(sums.norm() / (1 - 1 / 100) ** 0.5), rel=1e-12)
+    assert algorithms.TiltSamples(r, r**2).error(p, influence) == pytest.approx(float(influence.norm()), rel=1e-12)
+    assert algorithms.TiltSamples(r, r**2, group=torch.zeros(300).long()).error(p, influence) == math.inf
+    copies = algorithms.TiltSamples(r.repeat(4), r.repeat(4) ** 2, group=torch.arange(300).repeat(4))
+    alone = algorithms.TiltSamples(r, r**2, group=torch.arange(300))
+    one, four = (next(algorithms.learn_lam(samples, 9.0)) for samples in (alone, copies))
+    assert (one.up, one.up_se, one.se) == pytest.approx((four.up, four.up_se, four.se), rel=1e-9)
+    assert next(algorithms.learn_lam(algorithms.TiltSamples(r, r**2), 9.0)).se == pytest.approx(one.se, rel=0.02)
+    assert rows.groups(p) == pytest.approx(100) and algorithms.TiltSamples(r, r**2).groups(p) == pytest.approx(300)
+
+
+def test_the_spread_of_families_is_the_error_of_particles():
+    """Over independent runs: the estimate from the families of one against the spread of all."""
+    T, n, lam = 20, 400, 0.4
+    abar = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
+    ts, means, errors, naive = samplers.timesteps(T, T), [], [], []
+    guide = guidance.LookAhead(MIXTURE.denoiser(abar), lambda x: x, lam, abar, ts)
+    with torch.no_grad():
+        for seed in range(60):
+            g = torch.Generator().manual_seed(seed)
+            x = torch.randn(n, generator=g, dtype=torch.float64)
+            x, log_w, info = samplers.sample_particles(guide, x, abar, ts, guided=False, threshold=1.1, generator=g)
+            options = {"group": info["family"]}
+            samples = algorithms.TiltSamples.from_tilt(x, x, lam, log_w, info["log_z"], **options)
+            p = log_w.exp()
+            means.append(p @ x)
+            errors.append(samples.error(p, p * (x - p @ x)) ** 2)
+            naive.append((p * (x - p @ x)).square().sum())
+    spread, found, rows = torch.stack(means).var(), torch.tensor(errors).mean(), torch.stack(naive).mean()
+    assert 0.5 < found / spread < 1.7 and rows / spread < 0.4
+
+
+def test_a_set_without_a_block_of_groups():
+    draw, first = exact_tilt(200), plain(400)
+    set_ = dataclasses.replace(draw(1.0, 1), group=torch.arange(200) // 10, size=20.0)
+    pooled = algorithms.TiltSamples.pooled(first, set_)
+    assert pooled.group.tolist() == [*range(400), *(i // 10 for i in range(200))]
+    some = pooled.without(3, 20)
+    stay = [i for i in range(400) if i % 20 != 3]
+    assert some.r_low[:380].tolist() == first.r_low[stay].double().tolist()
+    assert some.parts[1].r_low.tolist() == set_.r_low[(torch.arange(200) // 10) != 3].tolist()
+    assert some.parts[1].size == pytest.approx(19) and some.parts[0].size is None
+    again = algorithms.TiltSamples.pooled(*some.parts)
+    assert some.log_w.equal(again.log_w)
+    assert first.without(0, 2).r_up.tolist() == first.r_up[1::2].tolist()
+    with pytest.raises(ValueError, match="all rows are one group"):
+        dataclasses.replace(first, group=torch.zeros(400).long()).without(0, 20)
+
+
+def test_the_size_of_a_set_is_its_weight_in_a_pool():
+    first, draw = plain(400), exact_tilt(200)
+    copies = draw(1.0, 1)
+    copies = dataclasses.replace(copies, **{n: getattr(copies, n).repeat(5) for n in ("r_up", "r_low", "log_w")})
+    alone = algorithms.TiltSamples.pooled(first, draw(1.0, 1))
+    told = algorithms.TiltSamples.pooled(first, dataclasses.replace(copies, size=200.0))
+    for lam in (0.8, 1.5, 4.0):
+        means = [s.tilt(lam)[0] @ s.r_low for s in (alone, told, algorithms.TiltSamples.pooled(first, copies))]
+        assert means[0] == pytest.approx(means[1].item(), abs=1e-9) and abs(means[0] - means[2]) > 1e-3
+
+
+def test_best_lam_is_the_top_of_the_curve_with_an_error_that_is_right():
+    lams = torch.logspace(-0.6, 1.5, 61, dtype=torch.float64)
+    found = []
+    for seed in range(40):
+        draw = exact_tilt(100)
+        sets = [plain(200, seed), *(draw(lam, 100 * seed + i) for i, lam in enumerate((1.0, 2.0)))]
+        found.append(algorithms.best_lam(algorithms.TiltSamples.pooled(*sets), lams, min_ess=50))
+    ups = torch.tensor([best.up + PROBLEM.value(best.lam).item() for best in found])
+    spread = torch.tensor([best.se for best in found]).square().mean().sqrt()
+    assert abs(ups.mean()) < 4 * ups.std() / 40**0.5 and 0.7 < ups.std() / spread < 1.4
+    assert sum(best.interval[0] <= OPTIMUM <= best.interval[1] for best in found) >= 36
+    assert all(best.interval[0] <= best.lam <= best.interval[1] for best in found)
+    assert {best.source for best in found} == {"top of the curve of 3 sets"}
+    samples = plain(20_000)
+    exact = algorithms.best_lam(algorithms.TiltSamples.pooled(samples, exact_tilt()(1.2, 1)), lams)
+    assert exact.lam == pytest.approx(OPTIMUM, rel=0.1)
+    alone = algorithms.best_lam(samples, lams, blocks=40)
+    p = samples.tilt(alone.lam)[0]
+    assert alone.source == "top of the curve of 1 sets" and alone.up == pytest.approx((p @ samples.r_up).item())
+    assert alone.se == pytest.approx(samples.error(p, p * (samples.r_up - alone.up)), rel=0.4)
+
+
+def test_few_families_at_the_top_do_not_make_it_the_best():
+    """One lucky family far down, hundreds of rows of it, against an honest set."""
+    first = plain(2000)
+    lucky = torch.full((400,), 1.2, dtype=torch.float64) + 1e-3 * torch.arange(400)
+    log_w = torch.full((400,), -math.log(400), dtype=torch.float64)
+    lams = torch.logspace(-1, 1.5, 61, dtype=torch.float64)
+    for group, far in ((None, True), (torch.zeros(400).long(), False)):
+        bad = algorithms.TiltSamples.from_tilt(upper(lucky), lucky, 0.1, log_w, 0.0, group=group)
+        best = algorithms.best_lam(algorithms.TiltSamples.pooled(first, bad), lams)
+        assert (best.lam < 0.5) == far
+
+
+def test_a_run_that_draws_ends_at_the_best_of_all_it_drew():
+    steps = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5))
+    last, before = steps[-1], steps[-2]
+    assert last.best.lam == pytest.approx(last.lam) and last.k == before.k + 1 and last.round == before.round == 5
+    assert last.done.endswith(f"; best at lam = {last.lam:.4g}") and last.outer is before.outer
+    parts = last.outer.p_star.parts
+    assert [part.at for part in parts[:1]] == [math.inf] and len(parts) == 6
+    pooled = algorithms.TiltSamples.pooled(*parts)
+    p, info = pooled.tilt(last.lam)
+    assert last.up == pytest.approx((p @ pooled.r_up).item(), rel=1e-9) and last.kl == pytest.approx(info["kl"])
+    assert last.best.up == pytest.approx(last.up, abs=1e-7) and last.best.interval[0] <= last.lam
+    short = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, steps=2))
+    assert len(short) == 3 and short[-1].done is None and short[-1].best is not None
+    rest = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=short[-1]))
+    assert [s.lam for s in rest] == [s.lam for s in steps[2:]]
+    end = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=before))
+    assert [s.lam for s in end] == [last.lam] and end[0].done == last.done
+    assert not list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=last))
+
+
+def test_the_best_is_better_than_the_end_of_the_path():
+    """Draws of three independent rows that look like 240: the path ends anywhere, the best of all does not."""
+    ends, bests = [], []
+    for seed in range(16):
+
+        def draw(lam, round, seed=seed):
+            return families(lam, round, 3, seed=seed)
+
+        *_, end, best = algorithms.learn_lam(plain(300, seed), 0.3, draw=draw, min_ess=60, rounds=4)
+        ends.append(PROBLEM.value(end.lam) - PROBLEM.value(OPTIMUM))
+        bests.append(PROBLEM.value(best.lam) - PROBLEM.value(OPTIMUM))
+    assert torch.stack(bests).mean() < 0.4 * torch.stack(ends).mean() and max(bests) < 0.3 * max(ends)
+
+
+# ---------------------------------------------------------------- the boundary, steps, bad input
 
 
 def test_an_optimum_at_the_boundary_is_an_outcome():
@@ -249,6 +402,10 @@ def test_the_secant_rule():
     assert algorithms.secant(after(-1.0, -2.0), lr(-0.5)).item() == pytest.approx(-0.5 / 1.5)  # convex: to the root
     assert algorithms.secant(after(-1.0, -0.5), lr(-2.0)) == -1  # concave: the largest step down
     assert algorithms.secant(after(0.0, -0.5), lr(-0.5)) == -1  # it did not move
+    drawn = algorithms.TiltSamples(torch.rand(3), torch.rand(3), round=3)
+    later = algorithms.PenaltyStep(0, lr(-1.0), lr(-0.5), 1.0, {}, drawn, None, x)
+    assert algorithms.secant(later, lr(-2.0)) == -1 / 4  # three sets were drawn: slopes between them are noise
+    assert algorithms.secant(dataclasses.replace(later, grad=lr(-2.0)), lr(-0.2)).item() == pytest.approx(-0.2 / 1.8)
 
 
 def test_bad_input():
