@@ -235,17 +235,6 @@ def lam_grad_cov(r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor
     return (cov[:, 0] / lams**2).reshape(shape), _report(p.square().sum(), lam, influence.reshape(*shape, -1))
 
 
-def lam_grad_path(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    """gamma (KL_path[guided by r_up/gamma + r_low] - KL_path[guided by r_low]): (A) from guided trajectories.
-
-    kl_gamma, kl_star  (n,)  `guidance.path_kl` of trajectories under the two guidances, with common random numbers
-    Right only where the guidance is the exact h-transform (then the path KL tends to the KL of the samples as steps
-    grow). With look-ahead guidance the guided law is not the tilted one and even the sign can be wrong: don't learn
-    lambda with it; draw particles and use `lam_grad_penalty`. Returns as `lam_grad_penalty` does; "ess" is n.
-    """
-    return _paired(kl_gamma, kl_star, gamma)
-
-
 def lam_grad_released_est1(
     r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
 ) -> tuple[Tensor, dict]:
@@ -261,15 +250,6 @@ def lam_grad_released_est1(
     mean = (p_0 * d).sum()  # d is centred at E_star[d] = 0
     grad, influence = gamma * (rise - mean), gamma * (change - p_0 * (d - mean))
     return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
-
-
-def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    """The released code's second estimator, for comparison only: `lam_grad_path` with norms in place of KLs, halved.
-
-    norm_gamma, norm_star  (n,)  norm (not squared) of the guidance, averaged over the steps of each trajectory
-    It has no fixed relation to a KL. Returns as `lam_grad_path` does.
-    """
-    return _paired(norm_gamma / 2, norm_star / 2, gamma)
 
 
 def pool(h: Tensor, sizes: Tensor, count: Tensor, log_z: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -472,17 +452,3 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
         warnings.warn(warning, stacklevel=3)
     error = {} if influence is None else {"influence": influence, "se": influence.square().sum(-1).sqrt()}
     return {"ess": ess, "warning": warning} | error
-
-
-def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    if kl_gamma.shape != kl_star.shape or kl_star.dim() != 1 or len(kl_star) < 2:
-        raise ValueError(f"both must be (n,) with n >= 2, by trajectory: {[*kl_gamma.shape]}, {[*kl_star.shape]}")
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"gamma = {gamma} must be positive and finite")
-    difference = gamma * (kl_gamma.double() - kl_star.double())
-    if not torch.isfinite(difference).all():
-        raise ValueError("the path KLs must be finite; leave the last step unguided, or lower the guidance")
-    n, rounding = len(difference), gamma * torch.finfo(kl_star.dtype).eps * kl_star.abs().max()
-    if rounding > difference.square().mean().sqrt() / 10:
-        raise ValueError(f"at gamma = {gamma:g} the two agree to rounding; lower gamma, or check that r_up guides")
-    return difference.mean(), {"se": difference.std() / n**0.5, "ess": float(n), "warning": None}
