@@ -138,19 +138,23 @@ class TiltSamples:
             raise ValueError(f"the first set must be of p_0 itself, at = infinity; they are drawn at {at}")
         sets = sorted(sets, key=lambda s: at.index(s.at))
         low, up = (torch.cat([getattr(s, name).double() for s in sets]) for name in ("r_low", "r_up"))
-        log_w = torch.cat([(s.r_low * 0 if s.log_w is None else s.log_w).double() for s in sets])
-        rows, lams = [len(s.r_low) for s in sets], torch.tensor([s.at for s in sets], dtype=torch.float64)
-        own = (log_w + low / lams.repeat_interleave(torch.tensor(rows))).split(rows)  # within each law
-        of = [[i for i, s in enumerate(sets) if s.at == lam] for lam in at]
-        worth = [
-            s.size or (len(w) if s.group is None else s.groups(w.softmax(0))) for s, w in zip(sets, own, strict=True)
-        ]
-        sizes = torch.tensor([sum(worth[i] for i in law) for law in of])
-        count = [torch.cat([own[i] for i in law]).softmax(0) * size for law, size in zip(of, sizes, strict=True)]
-        log_w, _ = estimators.pool(low / torch.tensor(at, dtype=torch.float64)[:, None], sizes, torch.cat(count))
+        own = [s.r_low.double() / s.at + (0.0 if s.log_w is None else s.log_w.double()) for s in sets]
+        worth, sizes, count = [s._worth(w.softmax(0)) for s, w in zip(sets, own, strict=True)], [], []
+        for lam in at:
+            one_law = [i for i, s in enumerate(sets) if s.at == lam]
+            sizes.append(sum(worth[i] for i in one_law))
+            count.append(torch.cat([own[i] for i in one_law]).softmax(0) * sizes[-1])
+        h = low / torch.tensor(at, dtype=torch.float64)[:, None]
+        log_w, _ = estimators.pool(h, torch.tensor(sizes), torch.cat(count))
         group = [torch.arange(len(s.r_low)) if s.group is None else s.group.cpu() for s in sets]
         group = torch.cat(group) if any(s.group is not None for s in sets) else None
         return cls(up, low, log_w, sum(s.cost for s in sets), parts=tuple(sets), group=group)
+
+    def _worth(self, p: Tensor) -> float:
+        """How many independent draws the rows are worth, with weights p (n,) within their own law."""
+        if self.size or self.group is None:
+            return self.size or len(p)
+        return 1 / torch.bincount(self.group.cpu(), p).square().sum().item()
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
         """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""
@@ -158,82 +162,9 @@ class TiltSamples:
             warnings.simplefilter("ignore")
             return estimators.tilt_weights(self.r_low, lam, self.log_w)
 
-    def groups(self, p: Tensor) -> float:
-        """The effective number of groups, where rows have the weights p (n,); of rows, where there are no groups."""
-        return 1 / self._by_group(p).square().sum().item()
-
-    def error(self, p: Tensor, influence: Tensor) -> float:
-        """The standard error of an estimate with weights p, from what each row adds to it, both (n,): by groups, as if
-        only they were independent. For families of particles that is the estimate of Chan & Lai (2013). Infinite for
-        one group.
-        """
-        if self.group is None:
-            return influence.norm().item()
-        rest = 1 - 1 / self.groups(p)
-        return self._by_group(influence).norm().item() / rest**0.5 if rest > 1e-9 else math.inf
-
-    def _by_group(self, values: Tensor) -> Tensor:
-        return values if self.group is None else torch.bincount(self.group, values)
-
-    def without(self, block: int, blocks: int) -> "TiltSamples":
-        """This set without every `blocks`-th group from number `block` on, pooled anew: for a jackknife."""
-        sets = []
-        for s in self.parts or (self,):
-            stay = (torch.arange(len(s.r_low)) if s.group is None else s.group) % blocks != block
-            rows = {n: v[stay] for n in ("r_up", "r_low", "log_w", "group") if (v := getattr(s, n)) is not None}
-            size = s.size and s.size * stay.double().mean().item()
-            sets += [dataclasses.replace(s, **rows, size=size)] if stay.any() else []
-        if not sets:
-            raise ValueError("all rows are one group, whose error nothing can tell: draw independent ones")
-        return TiltSamples.pooled(*sets) if self.parts else sets[0]
-
-
-@dataclass(frozen=True)
-class BestLam:
-    """The strength to choose: `lam` with E r_up there (`up`, `se`), the `interval` of those that may be as good, and
-    `source`, what says so."""
-
-    lam: float
-    up: float
-    se: float
-    interval: tuple[float, float]
-    source: str
-
-
-def best_lam(
-    samples: TiltSamples,
-    lams: Tensor,
-    *,
-    z: float = 1.96,
-    blocks: int = 20,
-    min_ess: float = estimators.MIN_ESS,
-    min_groups: float = 5.0,
-) -> BestLam:
-    """Where the curve lambda -> E_{p_star}[r_up] of all samples is highest, with an error that counts groups.
-
-    lams     (m,) increasing; those count that have an effective sample size of min_ess and as many as min_groups groups
-             (all, if none has): a single lucky family makes no top
-    blocks   of groups: errors are a jackknife that leaves out one block at a time and pools the others anew
-    The interval holds the neighbours that fall short by no more than z standard errors of the difference.
-    """
-
-    def curve(s: TiltSamples) -> Tensor:
-        low, log_w = s.r_low.double(), 0.0 if s.log_w is None else s.log_w
-        return torch.stack([(low / lam + log_w).softmax(0) @ s.r_up.double() for lam in lams])
-
-    tilts = (samples.tilt(lam) for lam in lams)
-    enough = torch.tensor([info["ess"] >= min_ess and samples.groups(p) >= min_groups for p, info in tilts])
-    lams = lams[enough] if enough.any() else lams
-    up, without = curve(samples), torch.stack([curve(samples.without(i, blocks)) for i in range(blocks)])
-    low = high = best = int(up.argmax())
-    se, gap_se = ((v.std(0) * (blocks - 1) / blocks**0.5) for v in (without, without - without[:, best : best + 1]))
-    as_good = up[best] - up <= z * gap_se
-    while low > 0 and as_good[low - 1]:
-        low -= 1
-    while high < len(lams) - 1 and as_good[high + 1]:
-        high += 1
-    source = f"top of the curve of {len(samples.parts) or 1} sets"
-    return BestLam(*(v[best].item() for v in (lams, up, se)), (lams[low].item(), lams[high].item()), source)
+    def curve(self, lams: Tensor | None = None, **options: float) -> estimators.LamCurve:
+        """`estimators.lam_curve` of all rows, whose errors count groups."""
+        return estimators.lam_curve(self.r_up, self.r_low, lams, self.log_w, group=self.group, **options)
 
 
 @dataclass(frozen=True)
@@ -243,7 +174,8 @@ class LamStep:
     up, up_se, low, kl  E r_up with its standard error, E r_low, and KL(p_star || p_0)
     ess, cost, round    effective sample size, image forwards so far, how often samples were drawn anew
     done                None, or why the loop ends here;  warning: None, or what is wrong with the estimate
-    outer               the step of Algorithm 1, to resume from;  best: at the end of a run that draws, why it is here
+    outer               the step of Algorithm 1, to resume from
+    curve               at the end of a run that draws: that of all its samples, with the interval of lam
     """
 
     k: int
@@ -261,7 +193,7 @@ class LamStep:
     done: str | None
     warning: str | None
     outer: PenaltyStep = field(repr=False)
-    best: BestLam | None = None
+    curve: estimators.LamCurve | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -341,9 +273,9 @@ def learn_lam(
     resume     continue after this record, as if never stopped; gamma and samples must be what they were
     Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
     or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. With `draw` there is one more, not
-    where the path happens to end but at `best_lam` of all that was drawn, from the smallest lam of the path on.
-    Standard errors count groups of samples, where they have any. Raises ValueError for a bad lam, gamma or samples, or
-    if min_ess is out of reach.
+    where the path happens to end but at the top of the `curve` of all that was drawn, from the smallest lam of the path
+    on. Standard errors count groups of samples, where they have any. Raises ValueError for a bad lam, gamma or samples,
+    or if min_ess is out of reach.
     """
     if not 0 < bounds[0] <= lam <= bounds[1] < float("inf"):
         raise ValueError(f"lam = {lam} must be positive and lie within bounds = {bounds}")
@@ -369,28 +301,30 @@ def learn_lam(
     def record(outer: PenaltyStep) -> LamStep:
         now, info, lam = outer.p_star, outer.info, outer.x.exp().item()
         p, tilted = now.tilt(lam)
-        up, low = p @ now.r_up.to(p), p @ now.r_low.to(p)
-        se = now.error(p, info["influence"]) if "influence" in info else float(info["se"])
-        numbers = (up.item(), now.error(p, p * (now.r_up.to(p) - up)), low.item(), tilted["kl"])
-        numbers += (min(info["ess"], tilted["ess"]), now.cost, now.round)
-        return LamStep(outer.k, lam, outer.grad.item() / lam, se, outer.gamma, *numbers, None, info["warning"], outer)
+        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
+        se, up = info["se"], p @ r_up
+        if "influence" in info:
+            se = estimators.group_error(p, info["influence"], now.group)
+        up_se = estimators.group_error(p, p * (r_up - up), now.group).item()
+        measured = (up.item(), up_se, (p @ r_low).item(), tilted["kl"], min(info["ess"], tilted["ess"]))
+        measured += (now.cost, now.round, None, info["warning"], outer)
+        return LamStep(outer.k, lam, outer.grad.item() / lam, float(se), outer.gamma, *measured)
 
     def ending(now: LamStep) -> str | None:
         """Why the loop ends here, or None; and whether it is to draw again."""
         x, grad, done = now.outer.x, now.outer.grad.item(), None
-        limited, left = draw is not None and rounds is not None, 0
-        if limited:
-            left = rounds - now.round
+        limited = draw is not None and rounds is not None
+        left = limited and now.round < rounds
         if (x <= reach and grad > 0) or (x >= high and grad < 0):
             where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
             done = f"boundary at lam = {now.lam:.4g}: the optimum is {where}"
-        elif now.ess >= min_ess and (left > 0 or now.se < math.inf):
+        elif now.ess >= min_ess and (left or now.se < math.inf):
             if abs(grad) <= stop * now.lam * now.se or (now.outer.x_next - x).abs() <= tol:
                 done = f"converged at lam = {now.lam:.4g}"
         if callable(gamma) and gamma(now.k + 1) != now.gamma:
             done = None
-        problem.again = left > 0 and done is not None and done.startswith("converged")
-        if limited and left <= 0:
+        problem.again = bool(left and done and done.startswith("converged"))
+        if limited and not left:
             next_lam = now.outer.x_next.exp().item()
             if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now.outer.p_star)):
                 done = done or f"draws used up at lam = {now.lam:.4g}"
@@ -416,14 +350,14 @@ def learn_lam(
             break
     if draw and previous:
         now = previous.p_star
-        everything = dataclasses.replace(TiltSamples.pooled(*(now.parts or (now,))), cost=now.cost, round=now.round)
+        pooled = dataclasses.replace(TiltSamples.pooled(*(now.parts or (now,))), cost=now.cost, round=now.round)
         lams = torch.linspace(previous.info["lowest"], high, 161, dtype=torch.float64).exp()
-        best = best_lam(everything, lams, min_ess=min_ess)
-        x = torch.tensor(best.lam).double().log()
-        grad, info = log_grad(None, x, everything, None, previous.gamma)
-        found = record(dataclasses.replace(previous, k=previous.k + 1, x=x, grad=grad, info=info, p_star=everything))
-        done = done and f"{done}; best at lam = {best.lam:.4g}"
-        yield dataclasses.replace(found, done=done, outer=previous, best=best)
+        curve = pooled.curve(lams, min_ess=min(min_ess, pooled.tilt(lams[-1])[1]["ess"] / 2))
+        x = torch.tensor(min(max(curve.best, curve.lam[0].item()), curve.lam[-1].item())).double().log()
+        grad, info = log_grad(None, x, pooled, None, previous.gamma)
+        found = record(dataclasses.replace(previous, k=previous.k + 1, x=x, grad=grad, info=info, p_star=pooled))
+        done = done and f"{done}; best at lam = {found.lam:.4g}"
+        yield dataclasses.replace(found, done=done, outer=previous, curve=curve)
 
 
 def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: float) -> Tensor:

@@ -286,6 +286,19 @@ def pool(h: Tensor, sizes: Tensor, count: Tensor, log_z: Tensor | None = None) -
     return count.clamp(min=1e-300).log() - (h + (sizes.log() - log_z)[:, None]).logsumexp(0), log_z
 
 
+def group_error(p: Tensor, influence: Tensor, group: Tensor | None = None) -> Tensor:
+    """The standard error () of an estimate with weights p, of which each row adds `influence` to the error, both (n,).
+
+    group  (n,) integers: rows of one number depend on each other, and only groups are independent; None: all rows are
+    For the families of particles that is the estimate of Chan & Lai (2013). Infinite where one group has all weight.
+    """
+    if group is None:
+        return influence.norm()
+    share, sums = (torch.bincount(group.cpu(), values) for values in (p, influence))
+    rest = 1 - share.square().sum()
+    return sums.norm() / rest.sqrt() if rest > 1e-9 else torch.full_like(rest, float("inf"))
+
+
 @dataclass(frozen=True)
 class LamCurve:
     """lambda -> E_{p_star}[r_up] with everything read off it; see `lam_curve`. Vectors (m,) run over `lam`."""
@@ -310,11 +323,12 @@ def lam_curve(
     *,
     z: float = 1.96,
     min_ess: float = MIN_ESS,
+    group: Tensor | None = None,
 ) -> LamCurve:
     """The whole curve lambda -> E_{p_star}[r_up] with its band, its maximum and the maximum's interval, from one batch.
 
     lams   (m,) increasing, > 0; None: 161 values over eight decades around the spread of r_low
-    z      quantile of the interval, 1.96 for 95 %;  the other arguments as in `lam_grad_penalty`
+    z      quantile of the interval, 1.96 for 95 %;  group: as for `group_error`;  the others as in `lam_grad_penalty`
     Kept are the values with ESS >= min_ess. "best" maximises over them; "interval" holds the neighbouring lambda at
     which the gradient (C) is within z standard errors of zero (asymptotic: a few thousand samples make it somewhat too
     narrow). "boundary" is "low" or "high" (then best is 0 or infinity if the kept values end where `lams` does; else
@@ -333,8 +347,8 @@ def lam_curve(
         p, _, _ = _tilt(log_w, low / lam)
         up, centred = r_up - (p * r_up).sum(), low - (p * low).sum()
         cov = (p * up * centred).sum()
-        se, grad_se = (p * up).norm(), (p * (up * centred - cov)).norm() / lam**2
-        return [(p * r_up).sum(), se, 1 / p.square().sum(), cov / lam**2, grad_se]
+        se, grad_se = (group_error(p, p * each, group) for each in (up, up * centred - cov))
+        return [(p * r_up).sum(), se, 1 / p.square().sum(), cov / lam**2, grad_se / lam**2]
 
     table = torch.stack([torch.stack(measure(lam)) for lam in lams])
     kept = (table[:, 2] >= min_ess).nonzero()[:, 0]

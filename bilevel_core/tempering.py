@@ -111,138 +111,105 @@ def sample_tempered(
     lams that are no such ladder; for a reward that is NaN or +inf anywhere, -inf at a start, the same for all images,
     or without a finite gradient where one is asked for; and for a resumed run with other settings.
     """
-    lams, warmup, sweeps = check_ladder(lams), integer("warmup", warmup, 0), integer("sweeps", sweeps, 1)
+    lams, warmup, sweeps = [float(lam) for lam in lams], integer("warmup", warmup, 0), integer("sweeps", sweeps, 1)
+    if len(lams) < 2 or lams[0] != float("inf") or not all(a > b > 0 for a, b in pairwise(lams)):
+        raise ValueError(f"lams = {lams} must be a ladder: infinity (p_0), then one or more that fall, above 0")
     config = {"lams": lams, "chains": integer("chains", chains, 1), "warmup": warmup, "accept": accept}
     config |= {"shape": [*G.shape], "gradient": gradient, "measured": measure is not None, "dtype": str(dtype)}
+    on, size, cost, refused = {"generator": generator, "device": generator.device}, (len(lams), chains), 0, 0
     beta = 1 / torch.tensor(lams, dtype=torch.float64, device=generator.device)[:, None]
-    ladder = _Ladder(G, reward, measure, gradient, beta, chains, dtype, generator, micro_batch)
+
+    def look(z: Tensor) -> State:
+        nonlocal cost
+        cost += G.cost * (1 + gradient) * size[0] * chains
+        parts = z.flatten(0, 1).split(micro_batch or size[0] * chains)
+        parts = [_look(rows, G, reward, measure, gradient) for rows in parts]
+        joined = (torch.cat(part).unflatten(0, size) for part in zip(*parts, strict=True))
+        return dict(zip(("z", "r", "slope", "measured"), (z, *joined), strict=True))
+
+    def normal() -> Tensor:
+        return torch.randn(*size, *G.shape, **on, dtype=dtype)
+
+    def accepts(log_a: Tensor) -> Tensor:  # with probability min(1, exp(log_a)); never if NaN, as at beta = 0, r = -inf
+        return torch.rand(log_a.shape, **on, dtype=torch.float64).log() < log_a
+
     if resume is None:
-        now, log_s, rows = ladder.start(z), -0.7 * (beta > 0).double(), []
+        now = look(normal() if z is None else z.to(beta.device, dtype).expand(*size, *G.shape))
+        tries = 100 if z is None else 0
+        while tries and not now["r"].isfinite().all():
+            now, tries = look(_choose(now["r"].isfinite(), now["z"], normal())), tries - 1
+        if not now["r"].isfinite().all():
+            raise ValueError(f"the reward is -inf for {now['r'].isinf().sum()} of {now['r'].numel()} starts")
+        now["replica"] = -1 - torch.arange(now["r"].numel(), device=beta.device).reshape(size)
+        log_s, rows = -0.7 * (beta > 0).double(), []
     else:
         refuse_changes(resume.config, config)
-        now, ladder.cost, ladder.refused = dict(resume.state), resume.cost, resume.refused
+        now, cost, refused = dict(resume.state), resume.cost, resume.refused
         generator.set_state(now.pop("generator"))
         log_s = now.pop("log_s")
         rows = [dict(zip(resume.history, row, strict=True)) for row in zip(*resume.history.values(), strict=True)]
     left = list(range(len(rows), warmup + sweeps))
     for k in progress(left) if progress else left:
-        now, accepted = ladder.move(now, log_s, k)
-        row = {"low": now["r"], "measured": now["measured"], "replica": now["replica"], "accept": accepted.mean(1)}
-        now, swapped = ladder.exchange(now)
-        rows.append({name: value.double().cpu() for name, value in (row | {"swap": swapped}).items()})
+        new, log_a = _propose(now, log_s.exp(), beta, look, normal(), gradient)
+        new["replica"] = now["replica"].clone()
+        new["replica"][0] = k * chains + torch.arange(chains)
+        yes, refused = accepts(log_a), refused + int(new["r"].isinf().sum())
+        now = {name: _choose(yes, new[name], old) for name, old in now.items()}
+        row = {"low": now["r"], "measured": now["measured"], "replica": now["replica"], "accept": yes.double().mean(1)}
+        now, row["swap"] = _exchange(now, beta, accepts)
+        rows.append({name: value.double().cpu() for name, value in row.items()})
         if k < warmup:
             log_s = (log_s + (beta > 0) * (row["accept"][:, None] - accept) / (1 + k) ** 0.5).clamp(max=0)
     history = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     if history["low"].min() == history["low"].max():
         raise ValueError(f"the reward is {history['low'].max():g} for every image: each tilt is p_0 itself; check it")
-    state = now | {"log_s": log_s, "generator": generator.get_state()}
-    return Tempered(config, ladder.cost, ladder.refused, history, state)
+    return Tempered(config, cost, refused, history, now | {"log_s": log_s, "generator": generator.get_state()})
 
 
-def check_ladder(lams: Sequence[float]) -> list[float]:
-    """The levels as floats. Raises ValueError unless they start with infinity and then fall, at least once."""
-    levels = [float(lam) for lam in lams]
-    if len(levels) < 2 or levels[0] != float("inf") or not all(a > b > 0 for a, b in pairwise(levels)):
-        raise ValueError(f"lams = {levels} must be a ladder: infinity (p_0), then one or more that fall, above 0")
-    return levels
+def _look(z: Tensor, G: NoiseMap, reward: Callable, measure: Callable | None, gradient: bool) -> tuple[Tensor, ...]:
+    """Of rows z (B, *shape): the reward, its gradient in z (if none, zeros of one number) and what is measured."""
+    with torch.set_grad_enabled(gradient):
+        x = G.run(z := z.detach().requires_grad_(gradient))
+        r = one_each(reward(x), len(z))
+        slope = gradient_of(r, z) if gradient else z.new_zeros(len(z), *[1] * (z.dim() - 1))
+    bad = (r.isfinite() & ~slope.isfinite().flatten(1).all(1)) | r.isnan() | (r == float("inf"))
+    if bad.any():
+        raise ValueError(f"the reward, or its gradient, is NaN or +inf for {bad.sum()} of {len(z)} images: mend it")
+    with torch.no_grad():
+        measured = measure(x.detach()).reshape(len(z), -1) if measure else r[:, None][:, :0]
+    return r.detach().double(), slope, measured.double()
 
 
-@dataclass
-class _Ladder:
-    """The kernels of `sample_tempered`, and what they cost. beta (L, 1) is 1/lam."""
+def _propose(now: State, s: Tensor, beta: Tensor, look: Callable, xi: Tensor, gradient: bool) -> tuple[State, Tensor]:
+    """Where pCN, or pCNL, would go with sizes s (L, 1), and log of the ratio that accepts it (L, C).
 
-    G: NoiseMap
-    reward: Callable[[Tensor], Tensor]
-    measure: Callable[[Tensor], Tensor] | None
-    gradient: bool
-    beta: Tensor
-    chains: int
-    dtype: torch.dtype
-    generator: torch.Generator
-    micro_batch: int | None
-    cost: int = 0
-    refused: int = 0
+    pCNL drifts by (1 - sqrt(1 - s^2)) beta grad r: without a gradient it is pCN, with s = 1 at beta = 0 a fresh draw.
+    """
+    c = (1 - s**2).clamp(min=0).sqrt()
+    c_z, s_z, drift, half = (v.to(xi).reshape(-1, *[1] * (xi.dim() - 1)) for v in (c, s, beta, (1 - c) / 2))
+    new = look(c_z * now["z"] + s_z * xi + 2 * half * drift * now["slope"])
+    log_a = beta * (new["r"] - now["r"])
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return len(self.beta), self.chains
+    def toward(u: State, v: State) -> Tensor:
+        """log of the density of proposing v from u over that without drift, (L, C)."""
+        pull = drift * u["slope"]
+        return ((v["z"] - c_z * u["z"] - half * pull) * pull).flatten(2).double().sum(2) / (1 + c)
 
-    def normal(self) -> Tensor:
-        shape, device = (*self.size, *self.G.shape), self.beta.device
-        return torch.randn(shape, generator=self.generator, device=device, dtype=self.dtype)
+    return new, log_a + toward(new, now) - toward(now, new) if gradient else log_a
 
-    def accepts(self, log_a: Tensor) -> Tensor:
-        """True with probability min(1, exp(log_a)); never for NaN, which only a reward of -inf brings about."""
-        u = torch.rand(log_a.shape, generator=self.generator, device=log_a.device, dtype=log_a.dtype)
-        return u.log() < log_a
 
-    def start(self, z: Tensor | None) -> State:
-        """The state at z, or at draws of p_0, drawn again where the reward is -inf."""
-        given = self.normal() if z is None else z.to(self.beta.device, self.dtype).expand(*self.size, *self.G.shape)
-        now = self.look(given)
-        for _ in range(100 * (z is None)):
-            if torch.isfinite(now["r"]).all():
-                break
-            now = self.look(_choose(torch.isfinite(now["r"]), now["z"], self.normal()))
-        if not torch.isfinite(now["r"]).all():
-            raise ValueError(f"the reward is -inf for {torch.isinf(now['r']).sum()} of {now['r'].numel()} starts")
-        return now | {"replica": -1 - torch.arange(now["r"].numel(), device=self.beta.device).reshape(self.size)}
-
-    def look(self, z: Tensor) -> State:
-        """z (L, C, *shape) with its reward, the reward's gradient (zeros, of one number each, if none) and measures."""
-        rows = z.flatten(0, 1)
-        parts = [self._look(part) for part in rows.split(self.micro_batch or len(rows))]
-        self.cost += len(rows) * self.G.cost * (1 + self.gradient)
-        joined = (torch.cat(part).unflatten(0, self.size) for part in zip(*parts, strict=True))
-        return dict(zip(("z", "r", "slope", "measured"), (z, *joined), strict=True))
-
-    def _look(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.set_grad_enabled(self.gradient):
-            x = self.G.run(z := z.detach().requires_grad_(self.gradient))
-            r = one_each(self.reward(x), len(z))
-            slope = gradient_of(r, z) if self.gradient else z.new_zeros(len(z), *[1] * (z.dim() - 1))
-        bad = (r.isfinite() & ~slope.isfinite().flatten(1).all(1)) | r.isnan() | (r == float("inf"))
-        if bad.any():
-            raise ValueError(f"the reward, or its gradient, is NaN or +inf for {bad.sum()} of {len(z)} images: mend it")
-        with torch.no_grad():
-            measured = self.measure(x.detach()).reshape(len(z), -1) if self.measure else r[:, None][:, :0]
-        return r.detach().double(), slope, measured.double()
-
-    def move(self, now: State, log_s: Tensor, k: int) -> tuple[State, Tensor]:
-        """pCN, or pCNL, at every level, with s = 1 at level 0: a fresh draw. Returns the state and what moved."""
-        s = log_s.exp()
-        c = (1 - s**2).clamp(min=0).sqrt()
-        c_z, s_z, drift, half = (
-            v.to(self.dtype).reshape(-1, *[1] * (1 + len(self.G.shape))) for v in (c, s, self.beta, (1 - c) / 2)
-        )
-        new = self.look(c_z * now["z"] + s_z * self.normal() + 2 * half * drift * now["slope"])
-        log_a = self.beta * (new["r"] - now["r"])
-
-        def toward(u: State, v: State) -> Tensor:
-            """log of the density of proposing v from u over that without drift, (L, C)."""
-            pull = drift * u["slope"]
-            return ((v["z"] - c_z * u["z"] - half * pull) * pull).flatten(2).double().sum(2) / (1 + c)
-
-        if self.gradient:
-            log_a = log_a + toward(new, now) - toward(now, new)
-        yes = self.accepts(log_a)
-        self.refused += int(torch.isinf(new["r"]).sum())
-        new["replica"] = now["replica"].clone()
-        new["replica"][0] = k * self.chains + torch.arange(self.chains)
-        return {name: _choose(yes, new[name], old) for name, old in now.items()}, yes.double()
-
-    def exchange(self, now: State) -> tuple[State, Tensor]:
-        """Exchanges neighbours within each chain, even pairs, then odd. Returns the state and the shares (L - 1,)."""
-        r, swapped = now["r"].clone(), torch.zeros_like(self.beta[1:, 0])
-        source = torch.arange(len(r), device=r.device)[:, None].repeat(1, self.chains)
-        for first in (0, 1):
-            i = torch.arange(first, len(r) - 1, 2, device=r.device)
-            yes = self.accepts((self.beta[i + 1] - self.beta[i]) * (r[i] - r[i + 1]))
-            for rows in (r, source):
-                rows[i], rows[i + 1] = torch.where(yes, rows[i + 1], rows[i]), torch.where(yes, rows[i], rows[i + 1])
-            swapped[i] = yes.double().mean(1)
-        columns = torch.arange(self.chains, device=r.device)
-        return {name: value[source, columns] for name, value in now.items()}, swapped
+def _exchange(now: State, beta: Tensor, accepts: Callable[[Tensor], Tensor]) -> tuple[State, Tensor]:
+    """Exchanges neighbours within each chain, even pairs, then odd. Returns the state and the shares (L - 1,)."""
+    r, swapped = now["r"].clone(), torch.zeros_like(beta[1:, 0])
+    source = torch.arange(len(r), device=r.device)[:, None].repeat(1, r.shape[1])
+    for first in (0, 1):
+        i = torch.arange(first, len(r) - 1, 2, device=r.device)
+        yes = accepts((beta[i + 1] - beta[i]) * (r[i] - r[i + 1]))
+        for rows in (r, source):
+            rows[i], rows[i + 1] = torch.where(yes, rows[i + 1], rows[i]), torch.where(yes, rows[i], rows[i + 1])
+        swapped[i] = yes.double().mean(1)
+    columns = torch.arange(r.shape[1], device=r.device)
+    return {name: value[source, columns] for name, value in now.items()}, swapped
 
 
 def _choose(yes: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -563,3 +563,13 @@ def test_an_interval_may_end_between_the_last_two_lambdas():
     assert curve.lam[0] < low_end < curve.lam[1]
     high_end = estimators.lam_curve(up, low, lams, z=(score[-2] + score[-1]) / 2).interval[1]
     assert curve.lam[-2] < high_end < curve.lam[-1]
+
+
+def test_an_error_by_groups_by_hand():
+    p, influence = torch.full((6,), 1 / 6, dtype=torch.float64), torch.tensor([1.0, -1, 2, 0, -1, 3]).double()
+    group = torch.tensor([0, 0, 2, 2, 2, 5])
+    error = ((0 + 1 + 9) / (1 - 4 / 36 - 9 / 36 - 1 / 36)) ** 0.5  # sums 0, 1, 3
+    assert estimators.group_error(p, influence, group).item() == pytest.approx(error, rel=1e-12)
+    assert estimators.group_error(p, influence).item() == pytest.approx(4, rel=1e-12)
+    assert estimators.group_error(p, influence, torch.zeros(6).long()) == math.inf
+    assert estimators.group_error(p, 0 * influence, torch.zeros(6).long()) == math.inf

@@ -228,7 +228,7 @@ def test_draws_are_limited_and_used_up():
     assert many[-1].round == 9 and many[-1].cost == 4000 * 50 + 9 * 2000 * 100  # it does not stop before
     assert [s.lam for s in many[: len(free) - 1]] == [s.lam for s in free[:-1]]
     for run_ in (free, one, many):
-        assert all(step.done is None and step.best is None for step in run_[:-1])
+        assert all(step.done is None and step.curve is None for step in run_[:-1])
 
 
 # ---------------------------------------------------------------- the end of a run, and independent rows
@@ -245,19 +245,15 @@ def families(lam, round, count=6, n=240, seed=0):
 
 def test_errors_count_groups():
     r = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    group = torch.arange(300) // 3
-    rows = algorithms.TiltSamples(r, r**2, group=group)
-    p, influence = torch.full((300,), 1 / 300, dtype=torch.float64), r / 300
-    sums = influence.reshape(100, 3).sum(1)
-    assert rows.error(p, influence) == pytest.approx(float(sums.norm() / (1 - 1 / 100) ** 0.5), rel=1e-12)
-    assert algorithms.TiltSamples(r, r**2).error(p, influence) == pytest.approx(float(influence.norm()), rel=1e-12)
-    assert algorithms.TiltSamples(r, r**2, group=torch.zeros(300).long()).error(p, influence) == math.inf
-    copies = algorithms.TiltSamples(r.repeat(4), r.repeat(4) ** 2, group=torch.arange(300).repeat(4))
     alone = algorithms.TiltSamples(r, r**2, group=torch.arange(300))
+    copies = algorithms.TiltSamples(r.repeat(4), r.repeat(4) ** 2, group=torch.arange(300).repeat(4))
     one, four = (next(algorithms.learn_lam(samples, 9.0)) for samples in (alone, copies))
     assert (one.up, one.up_se, one.se) == pytest.approx((four.up, four.up_se, four.se), rel=1e-9)
-    assert next(algorithms.learn_lam(algorithms.TiltSamples(r, r**2), 9.0)).se == pytest.approx(one.se, rel=0.02)
-    assert rows.groups(p) == pytest.approx(100) and algorithms.TiltSamples(r, r**2).groups(p) == pytest.approx(300)
+    rows = next(algorithms.learn_lam(algorithms.TiltSamples(r, r**2), 9.0))
+    assert (rows.up_se, rows.se) == pytest.approx((one.up_se, one.se), rel=0.02) and rows.se < one.se
+    curves = [samples.curve(torch.logspace(0.7, 2, 41).double(), min_ess=50) for samples in (alone, copies)]
+    torch.testing.assert_close(curves[0].grad_se, curves[1].grad_se)
+    torch.testing.assert_close(curves[0].se, curves[1].se)
 
 
 def test_the_spread_of_families_is_the_error_of_particles():
@@ -275,27 +271,10 @@ def test_the_spread_of_families_is_the_error_of_particles():
             samples = algorithms.TiltSamples.from_tilt(x, x, lam, log_w, info["log_z"], **options)
             p = log_w.exp()
             means.append(p @ x)
-            errors.append(samples.error(p, p * (x - p @ x)) ** 2)
+            errors.append(estimators.group_error(p, p * (x - p @ x), samples.group) ** 2)
             naive.append((p * (x - p @ x)).square().sum())
     spread, found, rows = torch.stack(means).var(), torch.tensor(errors).mean(), torch.stack(naive).mean()
     assert 0.5 < found / spread < 1.7 and rows / spread < 0.4
-
-
-def test_a_set_without_a_block_of_groups():
-    draw, first = exact_tilt(200), plain(400)
-    set_ = dataclasses.replace(draw(1.0, 1), group=torch.arange(200) // 10, size=20.0)
-    pooled = algorithms.TiltSamples.pooled(first, set_)
-    assert pooled.group.tolist() == [*range(400), *(i // 10 for i in range(200))]
-    some = pooled.without(3, 20)
-    stay = [i for i in range(400) if i % 20 != 3]
-    assert some.r_low[:380].tolist() == first.r_low[stay].double().tolist()
-    assert some.parts[1].r_low.tolist() == set_.r_low[(torch.arange(200) // 10) != 3].tolist()
-    assert some.parts[1].size == pytest.approx(19) and some.parts[0].size is None
-    again = algorithms.TiltSamples.pooled(*some.parts)
-    assert some.log_w.equal(again.log_w)
-    assert first.without(0, 2).r_up.tolist() == first.r_up[1::2].tolist()
-    with pytest.raises(ValueError, match="all rows are one group"):
-        dataclasses.replace(first, group=torch.zeros(400).long()).without(0, 20)
 
 
 def test_the_size_of_a_set_is_its_weight_in_a_pool():
@@ -309,26 +288,27 @@ def test_the_size_of_a_set_is_its_weight_in_a_pool():
         assert means[0] == pytest.approx(means[1].item(), abs=1e-9) and abs(means[0] - means[2]) > 1e-3
 
 
-def test_best_lam_is_the_top_of_the_curve_with_an_error_that_is_right():
-    lams = torch.logspace(-0.6, 1.5, 61, dtype=torch.float64)
-    found = []
+def test_a_family_weighs_in_a_pool_as_one_draw():
+    first, draw = plain(400), exact_tilt(200)
+    one = dataclasses.replace(draw(1.0, 1), group=torch.arange(200) // 50)
+    told = algorithms.TiltSamples.pooled(first, dataclasses.replace(one, group=None, size=4.0))
+    assert algorithms.TiltSamples.pooled(first, one).log_w.tolist() == pytest.approx(told.log_w.tolist(), abs=1e-9)
+    both = algorithms.TiltSamples.pooled(first, one, draw(2.0, 2))
+    assert both.group.tolist() == [*range(400), *(i // 50 for i in range(200)), *range(200)]
+
+
+def test_the_top_of_the_curve_has_an_error_that_is_right():
+    lams, found, draw = torch.logspace(-0.6, 1.5, 61, dtype=torch.float64), [], exact_tilt(100)
     for seed in range(40):
-        draw = exact_tilt(100)
         sets = [plain(200, seed), *(draw(lam, 100 * seed + i) for i, lam in enumerate((1.0, 2.0)))]
-        found.append(algorithms.best_lam(algorithms.TiltSamples.pooled(*sets), lams, min_ess=50))
-    ups = torch.tensor([best.up + PROBLEM.value(best.lam).item() for best in found])
-    spread = torch.tensor([best.se for best in found]).square().mean().sqrt()
-    assert abs(ups.mean()) < 4 * ups.std() / 40**0.5 and 0.7 < ups.std() / spread < 1.4
-    assert sum(best.interval[0] <= OPTIMUM <= best.interval[1] for best in found) >= 36
-    assert all(best.interval[0] <= best.lam <= best.interval[1] for best in found)
-    assert {best.source for best in found} == {"top of the curve of 3 sets"}
-    samples = plain(20_000)
-    exact = algorithms.best_lam(algorithms.TiltSamples.pooled(samples, exact_tilt()(1.2, 1)), lams)
-    assert exact.lam == pytest.approx(OPTIMUM, rel=0.1)
-    alone = algorithms.best_lam(samples, lams, blocks=40)
-    p = samples.tilt(alone.lam)[0]
-    assert alone.source == "top of the curve of 1 sets" and alone.up == pytest.approx((p @ samples.r_up).item())
-    assert alone.se == pytest.approx(samples.error(p, p * (samples.r_up - alone.up)), rel=0.4)
+        sets[1] = dataclasses.replace(sets[1], group=torch.arange(100))
+        found.append(algorithms.TiltSamples.pooled(*sets).curve(lams, min_ess=50))
+    for lam in (0.8, 1.2, 2.0):
+        i = [int((curve.lam - lam).abs().argmin()) for curve in found]
+        off = torch.stack([c.mean[j] + PROBLEM.value(c.lam[j]) for c, j in zip(found, i, strict=True)])
+        spread = torch.stack([c.se[j] for c, j in zip(found, i, strict=True)]).square().mean().sqrt()
+        assert abs(off.mean()) < 4 * off.std() / 40**0.5 and 0.6 < off.std() / spread < 1.5
+    assert sum(curve.interval[0] <= OPTIMUM <= curve.interval[1] for curve in found) >= 35
 
 
 def test_few_families_at_the_top_do_not_make_it_the_best():
@@ -339,28 +319,28 @@ def test_few_families_at_the_top_do_not_make_it_the_best():
     lams = torch.logspace(-1, 1.5, 61, dtype=torch.float64)
     for group, far in ((None, True), (torch.zeros(400).long(), False)):
         bad = algorithms.TiltSamples.from_tilt(upper(lucky), lucky, 0.1, log_w, 0.0, group=group)
-        best = algorithms.best_lam(algorithms.TiltSamples.pooled(first, bad), lams)
-        assert (best.lam < 0.5) == far
+        assert (algorithms.TiltSamples.pooled(first, bad).curve(lams).best < 0.5) == far
 
 
 def test_a_run_that_draws_ends_at_the_best_of_all_it_drew():
-    steps = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5))
+    def run(**options):
+        return list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, **options))
+
+    steps = run()
     last, before = steps[-1], steps[-2]
-    assert last.best.lam == pytest.approx(last.lam) and last.k == before.k + 1 and last.round == before.round == 5
+    assert last.curve.best == pytest.approx(last.lam) and last.k == before.k + 1 and last.round == before.round == 5
     assert last.done.endswith(f"; best at lam = {last.lam:.4g}") and last.outer is before.outer
+    assert last.curve.interval[0] <= last.lam <= last.curve.interval[1]
     parts = last.outer.p_star.parts
     assert [part.at for part in parts[:1]] == [math.inf] and len(parts) == 6
     pooled = algorithms.TiltSamples.pooled(*parts)
     p, info = pooled.tilt(last.lam)
     assert last.up == pytest.approx((p @ pooled.r_up).item(), rel=1e-9) and last.kl == pytest.approx(info["kl"])
-    assert last.best.up == pytest.approx(last.up, abs=1e-7) and last.best.interval[0] <= last.lam
-    short = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, steps=2))
-    assert len(short) == 3 and short[-1].done is None and short[-1].best is not None
-    rest = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=short[-1]))
-    assert [s.lam for s in rest] == [s.lam for s in steps[2:]]
-    end = list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=before))
-    assert [s.lam for s in end] == [last.lam] and end[0].done == last.done
-    assert not list(algorithms.learn_lam(plain(400), 0.3, draw=families, min_ess=60, rounds=5, resume=last))
+    assert abs(last.grad) < 0.01 * last.se and last.cost == before.cost == 20_000 + 5 * 240
+    short = run(steps=2)
+    assert len(short) == 3 and short[-1].done is None and short[-1].curve is not None
+    assert [s.lam for s in run(resume=short[-1])] == [s.lam for s in steps[2:]]
+    assert [(s.lam, s.done) for s in run(resume=before)] == [(last.lam, last.done)] and not run(resume=last)
 
 
 def test_the_best_is_better_than_the_end_of_the_path():

@@ -109,7 +109,7 @@ def test_pooled_levels_are_the_curve_at_every_lambda_between():
 
 CURVE = torch.tensor([1.0, -0.5], dtype=torch.float64)
 FAULTS = {
-    "the sign of beta": ('self.beta * (new["r"]', '-self.beta * (new["r"]'),
+    "the sign of beta": ('beta * (new["r"]', '-beta * (new["r"]'),
     "no root": ("(1 - s**2).clamp(min=0).sqrt()", "(1 - s**2).clamp(min=0)"),
     "states not shrunk": ('c_z * now["z"] + s_z', 'now["z"] + s_z'),
     "half of the drift": ("half * drift", "0.5 * half * drift"),
