@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,9 +118,7 @@ class TiltSamples:
             estimators.check_rewards(name, getattr(self, name))
 
     @classmethod
-    def from_tilt(
-        cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0, **about: object
-    ):
+    def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost=0, **about: object):
         """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0.
 
         about  further fields: `group`, which is "family" of the particles' info, and `size`
@@ -261,7 +260,7 @@ def learn_lam(
 
     samples    of p_0 and their rewards;  lam: where to start, within `bounds`
     gamma      penalty constant > 0, infinity for the true hypergradient, or a function of k
-    estimator  (r_up, r_low, lam, gamma, log_w) -> (dL/dlam, info with "se" and "ess")
+    estimator  (r_up, r_low, lam, gamma, log_w) -> (dL/dlam, info with "influence", "ess" and "warning")
     step       step size for dL/dlog lam, or a rule (last step of Algorithm 1, gradient) -> the decrease of log lam
     draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
                particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
@@ -302,13 +301,13 @@ def learn_lam(
         now, info, lam = outer.p_star, outer.info, outer.x.exp().item()
         p, tilted = now.tilt(lam)
         r_up, r_low = now.r_up.to(p), now.r_low.to(p)
-        se, up = info["se"], p @ r_up
-        if "influence" in info:
-            se = estimators.group_error(p, info["influence"], now.group)
-        up_se = estimators.group_error(p, p * (r_up - up), now.group).item()
-        measured = (up.item(), up_se, (p @ r_low).item(), tilted["kl"], min(info["ess"], tilted["ess"]))
-        measured += (now.cost, now.round, None, info["warning"], outer)
-        return LamStep(outer.k, lam, outer.grad.item() / lam, float(se), outer.gamma, *measured)
+        up = p @ r_up
+        errors = (estimators.group_error(p, v, now.group).item() for v in (info["influence"], p * (r_up - up)))
+        grad, up, low, (se, up_se) = outer.grad.item() / lam, up.item(), (p @ r_low).item(), errors
+        size = min(info["ess"], tilted["ess"]), now.cost, now.round
+        return LamStep(
+            outer.k, lam, grad, se, outer.gamma, up, up_se, low, tilted["kl"], *size, None, info["warning"], outer
+        )
 
     def ending(now: LamStep) -> str | None:
         """Why the loop ends here, or None; and whether it is to draw again."""
@@ -362,18 +361,11 @@ def learn_lam(
 
 def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: float) -> Tensor:
     """Where the effective sample size, which falls with lam, reaches min_ess; `low` if it stays above."""
-
-    def enough(x: Tensor) -> bool:
-        return samples.tilt(x.exp())[1]["ess"] >= min_ess
-
-    if enough(low):
-        return low
-    if not enough(high):
+    if samples.tilt(high.exp())[1]["ess"] < min_ess:
         raise ValueError(f"{len(samples.r_low)} samples have no effective sample size of {min_ess:g}: draw more")
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    grid = range(2**30 + 1)
+    step = (high - low) / grid[-1]
+    return low + step * bisect_left(grid, True, key=lambda i: samples.tilt((low + step * i).exp())[1]["ess"] >= min_ess)
 
 
 def refuse_changes(saved: dict, config: dict, what: str = "parameters") -> None:

@@ -97,6 +97,7 @@ def sample_ddim(
     ts: list[int],
     *,
     eta: float = 0.0,
+    widest: bool = False,
     generator: torch.Generator | None = None,
     noise: Iterable[Tensor] | None = None,
     trajectory: bool = False,
@@ -109,7 +110,7 @@ def sample_ddim(
     x      (B, ...)  x_T, or more exactly x at t = ts[0]
     abar   (T+1,)    signal levels, abar[0] = 1
     ts     descending grid from `timesteps`
-    eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling
+    eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling;  widest: with noise as large as that of q(x_t | x_s)
     noise  one tensor like x for each step, else drawn from the generator (only where sigma > 0)
     grad_steps  only the last so many steps keep a graph: a truncated, biased gradient. None: all, where enabled
     checkpoint  recomputes each denoiser call in the backward pass, so that memory holds one of them at a time
@@ -131,7 +132,7 @@ def sample_ddim(
             hat = recompute(network, x, t, use_reentrant=False) if checkpoint else network(x, t)
             x = _scalar(c_x, x) * x + _scalar(c_hat, x) * hat
             if eta and s:
-                x = x + _scalar(sigma, x) * _draw(x, noise, generator)
+                x = x + _scalar((1 - abar[t] / abar[s]).sqrt() if widest else sigma, x) * _draw(x, noise, generator)
         if trajectory:
             path.append(x)
     return path if trajectory else x
@@ -168,16 +169,7 @@ def x0_source(denoiser: Denoiser) -> Denoiser:
 
 
 def sample_ancestral(
-    denoiser: Denoiser,
-    x: Tensor,
-    abar: Tensor,
-    ts: list[int],
-    *,
-    variance: str = "posterior",
-    generator: torch.Generator | None = None,
-    noise: Iterable[Tensor] | None = None,
-    trajectory: bool = False,
-    progress: Callable[[list], Iterable] | None = None,
+    denoiser: Denoiser, x: Tensor, abar: Tensor, ts: list[int], *, variance: str = "posterior", **options: object
 ) -> Tensor | list[Tensor]:
     """Algorithm 4 as DDPM ancestral sampling (Ho et al., arXiv 2006.11239, eqs. 6-7), on any grid.
 
@@ -186,20 +178,7 @@ def sample_ancestral(
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance is {variance!r}; it must be 'posterior' or 'beta'")
-    path, noise = [x], iter(noise) if noise is not None else None
-    abar, pairs, dark = _start(x, abar, ts, progress)
-    for t, s in pairs:
-        a_t, a_s = abar[t], abar[s]
-        beta = 1 - a_t / a_s
-        if t == dark:
-            mean = _scalar(a_s.sqrt(), x) * x0_source(denoiser)(x, t)
-        else:
-            mean = (x - _scalar(beta / (1 - a_t).sqrt(), x) * denoiser(x, t)) * _scalar((a_s / a_t).sqrt(), x)
-        sigma = (beta * (1 - a_s) / (1 - a_t) if variance == "posterior" else beta).sqrt()
-        x = mean + _scalar(sigma, x) * _draw(x, noise, generator) if s else mean
-        if trajectory:
-            path.append(x)
-    return path if trajectory else x
+    return sample_ddim(denoiser, x, abar, ts, eta=1.0, widest=variance == "beta", **options)
 
 
 def sample_particles(
