@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilevel_core import distances, estimators, samplers, schedules
+from bilevel_core import estimators, samplers, schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
-from bilevel_core.lab import data
+from bilevel_core.lab import data, distances
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 from bilevel_core.seeds import derive_seed

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bilevel_core import distances, estimators, samplers
-from bilevel_core.lab import oracles
+from bilevel_core import estimators, samplers
+from bilevel_core.lab import distances, oracles
 from bilevel_core.seeds import derive_seed
 
 ORACLE = oracles.LinearGaussianSchedule()
