@@ -66,25 +66,6 @@ def q_grad_two_point(
     return draws.mean(0), {"calls": 2 * directions, "f": torch.stack(values).mean().item(), "se": se}
 
 
-def q_grad_one_point(
-    f: Objective, q: Tensor, previous: float, *, seed: int, delta: Tensor | float = 0.01, f_seed: int | None = None
-) -> tuple[Tensor, dict]:
-    """The one-point residual estimate (f(q + delta u) - previous) u/delta: one evaluation a step.
-
-    previous  f at the last perturbed point: "f" of the last info. It centres the estimate: any constant leaves it
-              unbiased, a close one lowers its variance. The first call needs a real value, f(q), not 0
-    seed      of u;  f_seed: of f, the same in every step for common random numbers; None: `seed`
-    The other arguments and the result are those of `q_grad_two_point`.
-    """
-    delta = _lengths(delta, q)
-    if not math.isfinite(previous):
-        raise ValueError(f"previous = {previous} must be finite: start with f(q)")
-    generator = torch.Generator().manual_seed(derive_seed("directions", seed))
-    u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
-    value = _value(f, q + delta * u, seed if f_seed is None else f_seed)
-    return (value - previous) * u / delta, {"calls": 1, "f": value.item(), "se": None}
-
-
 def q_grad_coordinates(
     f: Objective, q: Tensor, *, seed: int, delta: Tensor | float = 0.01, common: bool = True
 ) -> tuple[Tensor, dict]:
@@ -233,23 +214,6 @@ def lam_grad_cov(r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor
     influence = p * (up * low - cov) / lams[:, None] ** 2
     shape = torch.as_tensor(lam).shape
     return (cov[:, 0] / lams**2).reshape(shape), _report(p.square().sum(), lam, influence.reshape(*shape, -1))
-
-
-def lam_grad_released_est1(
-    r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
-) -> tuple[Tensor, dict]:
-    """The released code's first estimator, for comparison only: gamma (KL(p_0 || p_gamma) - KL(p_0 || p_star)).
-
-    The arguments of both KL are swapped. As gamma grows its root is where E_{p_star}[r_up] has fallen back to
-    E_{p_0}[r_up], not where it is largest: (E_{p_star}[r_up] - E_{p_0}[r_up])/lam is the limit. Arguments, result and
-    errors as for `lam_grad_penalty`.
-    """
-    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
-    gamma, p_0 = min(gamma, 1e100), log_w.softmax(0)  # so far out it is its limit
-    p, _, p_gamma, d, rise, change = _two_laws(log_w, r_up, rows[0], lams[0], gamma)
-    mean = (p_0 * d).sum()  # d is centred at E_star[d] = 0
-    grad, influence = gamma * (rise - mean), gamma * (change - p_0 * (d - mean))
-    return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
 
 
 def pool(h: Tensor, sizes: Tensor, count: Tensor, log_z: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,16 @@
-"""Beside the method: what its released code does instead, and estimators made of guided trajectories.
+"""Beside the method: what its released code does instead, and estimators that the book compares with its own."""
 
-For comparison only. The released code's first estimator shares the core's weights: `estimators.lam_grad_released_est1`.
-"""
-
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..estimators import Objective, _inputs, _lengths, _report, _two_laws, _value
 from ..guidance import LookAhead, gradient_of, one_each
 from ..samplers import check_grid, ddim_coefficients
 from ..schedules import check_abar
+from ..seeds import derive_seed
 
 
 def released_target_matching(
@@ -69,6 +69,23 @@ def guidance_norm(record: list[tuple[int, Tensor]]) -> Tensor:
     return torch.stack([square.sqrt() for _, square in record]).mean(0)
 
 
+def lam_grad_released_est1(
+    r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
+) -> tuple[Tensor, dict]:
+    """The released code's first estimator, for comparison only: gamma (KL(p_0 || p_gamma) - KL(p_0 || p_star)).
+
+    The arguments of both KL are swapped. As gamma grows its root is where E_{p_star}[r_up] has fallen back to
+    E_{p_0}[r_up], not where it is largest: (E_{p_star}[r_up] - E_{p_0}[r_up])/lam is the limit. Arguments, result and
+    errors as for `estimators.lam_grad_penalty`.
+    """
+    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
+    gamma, p_0 = min(gamma, 1e100), log_w.softmax(0)  # so far out it is its limit
+    p, _, p_gamma, d, rise, change = _two_laws(log_w, r_up, rows[0], lams[0], gamma)
+    mean = (p_0 * d).sum()  # d is centred at E_star[d] = 0
+    grad, influence = gamma * (rise - mean), gamma * (change - p_0 * (d - mean))
+    return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
+
+
 def lam_grad_path(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
     """gamma (KL_path[guided by r_up/gamma + r_low] - KL_path[guided by r_low]): (A) from guided trajectories.
 
@@ -101,3 +118,22 @@ def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, di
     if rounding > difference.square().mean().sqrt() / 10:
         raise ValueError(f"at gamma = {gamma:g} the two agree to rounding; lower gamma, or check that r_up guides")
     return difference.mean(), {"se": difference.std() / n**0.5, "ess": float(n), "warning": None}
+
+
+def q_grad_one_point(
+    f: Objective, q: Tensor, previous: float, *, seed: int, delta: Tensor | float = 0.01, f_seed: int | None = None
+) -> tuple[Tensor, dict]:
+    """The one-point residual estimate (f(q + delta u) - previous) u/delta: one evaluation a step.
+
+    previous  f at the last perturbed point: "f" of the last info. It centres the estimate: any constant leaves it
+              unbiased, a close one lowers its variance. The first call needs a real value, f(q), not 0
+    seed      of u;  f_seed: of f, the same in every step for common random numbers; None: `seed`
+    The other arguments and the result are those of `estimators.q_grad_two_point`.
+    """
+    delta = _lengths(delta, q)
+    if not math.isfinite(previous):
+        raise ValueError(f"previous = {previous} must be finite: start with f(q)")
+    generator = torch.Generator().manual_seed(derive_seed("directions", seed))
+    u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
+    value = _value(f, q + delta * u, seed if f_seed is None else f_seed)
+    return (value - previous) * u / delta, {"calls": 1, "f": value.item(), "se": None}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bilevel_core import algorithms, estimators, guidance, samplers, schedules
-from bilevel_core.lab import oracles
+from bilevel_core.lab import comparisons, oracles
 
 MIXTURE = oracles.Mixture1D()
 PROBLEM = MIXTURE.problem()
@@ -54,7 +54,7 @@ def test_it_ends_at_the_optimum(lam_0, gamma, root):
 
 @pytest.mark.parametrize("lam_0", [0.05, 100.0])
 def test_the_released_est1_stops_at_less_than_half_of_it(lam_0):
-    *_, last = algorithms.learn_lam(QUADRATURE, lam_0, gamma=1000.0, estimator=estimators.lam_grad_released_est1)
+    *_, last = algorithms.learn_lam(QUADRATURE, lam_0, gamma=1000.0, estimator=comparisons.lam_grad_released_est1)
     assert last.lam == pytest.approx(0.4612, rel=0.02) and last.done.startswith("converged")
     assert last.up == pytest.approx(PROBLEM.mean(PROBLEM.log_p0, PROBLEM.r_up).item(), abs=0.03)  # fallen back
 
