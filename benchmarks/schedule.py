@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilevel_core import distances, estimators, samplers, schedules
+from bilevel_core import estimators, samplers, schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
-from bilevel_core.lab import data
+from bilevel_core.lab import comparisons, data, distances
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 from bilevel_core.seeds import derive_seed
@@ -137,7 +137,7 @@ def estimate_variants(problem: ScheduleProblem, net: Callable) -> dict[str, Call
     def one_point(seed: int) -> Tensor:
         if not last:
             last["f"] = f(s.z, seed).item()
-        grad, info = estimators.q_grad_one_point(f, s.z, last["f"], seed=seed, delta=DELTA)
+        grad, info = comparisons.q_grad_one_point(f, s.z, last["f"], seed=seed, delta=DELTA)
         last["f"] = info["f"]
         return grad
 

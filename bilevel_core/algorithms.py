@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ class TiltSamples:
 
     r_up, r_low, log_w  (n,);  cost: what drawing them cost, in image forwards;  round: 0 for the first, then 1, 2, ...
     at     the lam whose tilt they were drawn from; infinity: p_0 itself;  parts: the sets that `pooled` joined
+    group  (n,) integers: rows of one number depend on each other, as a family of particles does, or a chain's states;
+           None: no rows do.  size: how many independent draws the rows are worth; None: as many as groups, by weight
     Raises ValueError, naming the reward, if one is not finite.
     """
 
@@ -107,15 +110,20 @@ class TiltSamples:
     round: int = 0
     at: float = math.inf
     parts: tuple["TiltSamples", ...] = field(default=(), repr=False)
+    group: Tensor | None = field(default=None, repr=False)
+    size: float | None = None
 
     def __post_init__(self):
         for name in ("r_up", "r_low"):
             estimators.check_rewards(name, getattr(self, name))
 
     @classmethod
-    def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost: int = 0):
-        """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0."""
-        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost, at=lam)
+    def from_tilt(cls, r_up: Tensor, r_low: Tensor, lam: float, log_w: Tensor, log_z: float, cost=0, **about: object):
+        """From samples of the law tilted by r_low/lam, such as those of `sample_particles`, weighted back to p_0.
+
+        about  further fields: `group`, which is "family" of the particles' info, and `size`
+        """
+        return cls(r_up, r_low, log_w.double() + log_z - r_low.double() / lam, cost, at=lam, **about)
 
     @classmethod
     def pooled(cls, *sets: "TiltSamples") -> "TiltSamples":
@@ -128,19 +136,34 @@ class TiltSamples:
         if at[0] < math.inf:
             raise ValueError(f"the first set must be of p_0 itself, at = infinity; they are drawn at {at}")
         sets = sorted(sets, key=lambda s: at.index(s.at))
-        flat = [s if s.log_w is not None else dataclasses.replace(s, log_w=s.r_low.double() * 0) for s in sets]
-        r_up, r_low, log_w = (torch.cat([getattr(s, n).double() for s in flat]) for n in ("r_up", "r_low", "log_w"))
-        sizes = torch.tensor([sum(len(s.r_low) for s in sets if s.at == lam) for lam in at])
-        lams = torch.tensor(at, dtype=torch.float64)
-        own = (log_w + r_low / lams.repeat_interleave(sizes)).split(sizes.tolist())  # within each law
-        log_w, _ = estimators.pool(r_low / lams[:, None], sizes, torch.cat([w.softmax(0) * len(w) for w in own]))
-        return cls(r_up, r_low, log_w, sum(s.cost for s in sets), parts=tuple(sets))
+        low, up = (torch.cat([getattr(s, name).double() for s in sets]) for name in ("r_low", "r_up"))
+        own = [s.r_low.double() / s.at + (0.0 if s.log_w is None else s.log_w.double()) for s in sets]
+        worth, sizes, count = [s._worth(w.softmax(0)) for s, w in zip(sets, own, strict=True)], [], []
+        for lam in at:
+            one_law = [i for i, s in enumerate(sets) if s.at == lam]
+            sizes.append(sum(worth[i] for i in one_law))
+            count.append(torch.cat([own[i] for i in one_law]).softmax(0) * sizes[-1])
+        h = low / torch.tensor(at, dtype=torch.float64)[:, None]
+        log_w, _ = estimators.pool(h, torch.tensor(sizes), torch.cat(count))
+        group = [torch.arange(len(s.r_low)) if s.group is None else s.group.cpu() for s in sets]
+        group = torch.cat(group) if any(s.group is not None for s in sets) else None
+        return cls(up, low, log_w, sum(s.cost for s in sets), parts=tuple(sets), group=group)
+
+    def _worth(self, p: Tensor) -> float:
+        """How many independent draws the rows are worth, with weights p (n,) within their own law."""
+        if self.size or self.group is None:
+            return self.size or len(p)
+        return 1 / torch.bincount(self.group.cpu(), p).square().sum().item()
 
     def tilt(self, lam: Tensor | float) -> tuple[Tensor, dict]:
         """Weights of p_star and info, as `estimators.tilt_weights`, without its warning."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return estimators.tilt_weights(self.r_low, lam, self.log_w)
+
+    def curve(self, lams: Tensor | None = None, **options: float) -> estimators.LamCurve:
+        """`estimators.lam_curve` of all rows, whose errors count groups."""
+        return estimators.lam_curve(self.r_up, self.r_low, lams, self.log_w, group=self.group, **options)
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,7 @@ class LamStep:
     ess, cost, round    effective sample size, image forwards so far, how often samples were drawn anew
     done                None, or why the loop ends here;  warning: None, or what is wrong with the estimate
     outer               the step of Algorithm 1, to resume from
+    curve               at the end of a run that draws: that of all its samples, with the interval of lam
     """
 
     k: int
@@ -168,9 +192,10 @@ class LamStep:
     done: str | None
     warning: str | None
     outer: PenaltyStep = field(repr=False)
+    curve: estimators.LamCurve | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LamProblem:
     """Learning x = log lam as Algorithm 1 sees it: p_star is a set of samples, p_gamma the same set, weighted anew."""
 
@@ -178,20 +203,23 @@ class LamProblem:
     draw: Callable[[float, int], TiltSamples] | None
     min_ess: float
     pool: bool = False
+    again: bool = False
 
     def solve_star(self, x: Tensor, warm: TiltSamples | None = None) -> TiltSamples:
         """The first samples, else the last, whichever have an effective sample size of min_ess at lam; else new ones.
 
         It cannot see a mode that no sample is in: samples of a sharp tilt may miss one, those of p_0 cover every tilt.
-        With `pool` nothing is thrown away: every set drawn so far, the first included, counts at every lam.
+        With `pool` every set drawn so far, the first included, counts at every lam; without, they are its `parts`. With
+        `again` new ones are drawn in any case.
         """
         last, lam = warm or self.samples, x.exp().item()
         for samples in (last,) if self.pool else (self.samples, last):
-            if self.draw is None or samples.tilt(lam)[1]["ess"] >= self.min_ess:
-                return dataclasses.replace(samples, cost=last.cost, round=last.round)
+            if self.draw is None or (not self.again and samples.tilt(lam)[1]["ess"] >= self.min_ess):
+                return dataclasses.replace(samples, cost=last.cost, round=last.round, parts=last.parts)
         fresh = self.draw(lam, last.round + 1)
-        new = TiltSamples.pooled(*(last.parts or (last,)), fresh) if self.pool else fresh
-        return dataclasses.replace(new, cost=last.cost + fresh.cost, round=last.round + 1)
+        parts = (*(last.parts or (last,)), *(fresh.parts or (fresh,)))
+        new = TiltSamples.pooled(*parts) if self.pool else fresh
+        return dataclasses.replace(new, cost=last.cost + fresh.cost, round=last.round + 1, parts=parts)
 
     def solve_gamma(self, x: Tensor, gamma: float, warm: None = None) -> None:
         """Nothing to do: common samples keep the difference of the two laws stable."""
@@ -201,9 +229,11 @@ def secant(previous: PenaltyStep | None, grad: Tensor, largest: float = 1.0) -> 
     """A step rule for one variable: the secant step where the slope of the gradient is positive, never above `largest`.
 
     Scale-free, so it crosses the flat regions of small and large lambda in a few steps. The first step is largest/2.
+    After k draws of new samples `largest` is divided by 1 + k: a slope between two sets is noise for the greater part.
     """
     if previous is None:
         return largest / 2 * grad.sign()
+    largest /= 1 + getattr(previous.p_star, "round", 0)
     slope = (grad - previous.grad) / (previous.x_next - previous.x)
     size = grad.abs() / slope if slope > 0 else torch.full_like(grad, largest)
     return grad.sign() * size.clamp(max=largest)
@@ -230,18 +260,21 @@ def learn_lam(
 
     samples    of p_0 and their rewards;  lam: where to start, within `bounds`
     gamma      penalty constant > 0, infinity for the true hypergradient, or a function of k
-    estimator  (r_up, r_low, lam, gamma, log_w) -> (dL/dlam, info with "se" and "ess")
+    estimator  (r_up, r_low, lam, gamma, log_w) -> (dL/dlam, info with "influence", "ess" and "warning")
     step       step size for dL/dlog lam, or a rule (last step of Algorithm 1, gradient) -> the decrease of log lam
     draw       (lam, round) -> new samples, called when the effective sample size at lam is below min_ess, for example
                particles by `TiltSamples.from_tilt`. None: lam is kept where the first samples have min_ess
-    rounds     how often to draw at most; where lam would then move out of reach, the loop ends. None: no limit
+    rounds     how often to draw: where the loop would converge before, it draws again; where lam would move out of
+               reach after, it ends. None: as often as needed
     pool       True reweights all that was ever drawn, by `TiltSamples.pooled`, instead of the last samples alone
     stop, tol  ends where |grad| <= stop se, so that optimising further is lost in the noise of the samples, or where
                log lam moves by tol or less, once gamma is constant and unless the effective sample size is too small
     resume     continue after this record, as if never stopped; gamma and samples must be what they were
     Yields one LamStep for each k; the last has `done`: "converged ...", or "boundary ..." where the optimum is lam -> 0
-    or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. Raises ValueError for a bad lam,
-    gamma or samples, or if min_ess is out of reach.
+    or infinity, or beyond the samples, or "draws used up ..."; None after `steps`. With `draw` there is one more, not
+    where the path happens to end but at the top of the `curve` of all that was drawn, from the smallest lam of the path
+    on. Standard errors count groups of samples, where they have any. Raises ValueError for a bad lam, gamma or samples,
+    or if min_ess is out of reach.
     """
     if not 0 < bounds[0] <= lam <= bounds[1] < float("inf"):
         raise ValueError(f"lam = {lam} must be positive and lie within bounds = {bounds}")
@@ -251,6 +284,8 @@ def learn_lam(
     if resume and resume.round == 0:
         now = {"gamma": gamma(resume.k) if callable(gamma) else gamma, "samples": fingerprint(samples.r_low)}
         refuse_changes({"gamma": resume.gamma, "samples": fingerprint(previous.p_star.r_low)}, now)
+    if resume and resume.done:
+        return
     if reach > math.log(lam):
         warnings.warn(
             f"lam starts at {reach.exp():.3g}, not {lam:g}: the samples reach no further down; pass draw", stacklevel=2
@@ -260,57 +295,77 @@ def learn_lam(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the record has it
             grad, info = estimator(now.r_up, now.r_low, x.exp(), gamma, now.log_w)
-        return x.exp() * grad, info
+        return x.exp() * grad, info | {"lowest": min(previous.info["lowest"], x) if previous else x}
 
+    def record(outer: PenaltyStep) -> LamStep:
+        now, info, lam = outer.p_star, outer.info, outer.x.exp().item()
+        p, tilted = now.tilt(lam)
+        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
+        up = p @ r_up
+        errors = (estimators.group_error(p, v, now.group).item() for v in (info["influence"], p * (r_up - up)))
+        grad, up, low, (se, up_se) = outer.grad.item() / lam, up.item(), (p @ r_low).item(), errors
+        size = min(info["ess"], tilted["ess"]), now.cost, now.round
+        return LamStep(
+            outer.k, lam, grad, se, outer.gamma, up, up_se, low, tilted["kl"], *size, None, info["warning"], outer
+        )
+
+    def ending(now: LamStep) -> str | None:
+        """Why the loop ends here, or None; and whether it is to draw again."""
+        x, grad, done = now.outer.x, now.outer.grad.item(), None
+        limited = draw is not None and rounds is not None
+        left = limited and now.round < rounds
+        if (x <= reach and grad > 0) or (x >= high and grad < 0):
+            where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
+            done = f"boundary at lam = {now.lam:.4g}: the optimum is {where}"
+        elif now.ess >= min_ess and (left or now.se < math.inf):
+            if abs(grad) <= stop * now.lam * now.se or (now.outer.x_next - x).abs() <= tol:
+                done = f"converged at lam = {now.lam:.4g}"
+        if callable(gamma) and gamma(now.k + 1) != now.gamma:
+            done = None
+        problem.again = bool(left and done and done.startswith("converged"))
+        if limited and not left:
+            next_lam = now.outer.x_next.exp().item()
+            if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now.outer.p_star)):
+                done = done or f"draws used up at lam = {now.lam:.4g}"
+        return None if problem.again else done
+
+    problem = LamProblem(samples, draw, min_ess, pool)
+    done = ending(resume) if resume and draw else None
     loop = penalty_descent(
-        LamProblem(samples, draw, min_ess, pool),
+        problem,
         torch.tensor(lam, dtype=torch.float64).log(),
         gamma=gamma,
         step=(lambda k, grad: step(previous, grad)) if callable(step) else step,
-        steps=steps if not (resume and resume.done) else 0,
+        steps=steps,
         estimator=log_grad,
         project=lambda x: x.clamp(reach, high),
         resume=previous,
     )
-    for outer in loop:
-        x, now, info, grad = outer.x, outer.p_star, outer.info, outer.grad.item()
-        lam = x.exp().item()
-        p, tilted = now.tilt(lam)
-        se, ess, done = float(info["se"]), min(info["ess"], tilted["ess"]), None
-        if (x <= reach and grad > 0) or (x >= high and grad < 0):
-            where = "lam -> 0" if x <= low else "lam -> infinity" if x >= high else "below what the samples reach"
-            done = f"boundary at lam = {lam:.4g}: the optimum is {where}"
-        elif ess >= min_ess and (abs(grad) <= stop * lam * se or (outer.x_next - x).abs() <= tol):
-            done = f"converged at lam = {lam:.4g}"
-        if callable(gamma) and gamma(outer.k + 1) != outer.gamma:
-            done = None
-        if draw and rounds is not None and now.round >= rounds:
-            next_lam = outer.x_next.exp().item()
-            if all(s.tilt(next_lam)[1]["ess"] < min_ess for s in (samples, now)):
-                done = done or f"draws used up at lam = {lam:.4g}"
-        r_up, r_low = now.r_up.to(p), now.r_low.to(p)
-        up, up_se = (p @ r_up).item(), (p * (r_up - p @ r_up)).norm().item()
-        measured = (up, up_se, (p @ r_low).item(), tilted["kl"], ess, now.cost, now.round)
-        yield LamStep(outer.k, lam, grad / lam, se, outer.gamma, *measured, done, info["warning"], outer)
+    for outer in () if done else loop:
+        found = record(outer)
+        done, previous = ending(found), outer
+        yield found if draw else dataclasses.replace(found, done=done)
         if done:
-            return
-        previous = outer
+            break
+    if draw and previous:
+        now = previous.p_star
+        pooled = dataclasses.replace(TiltSamples.pooled(*(now.parts or (now,))), cost=now.cost, round=now.round)
+        lams = torch.linspace(previous.info["lowest"], high, 161, dtype=torch.float64).exp()
+        curve = pooled.curve(lams, min_ess=min(min_ess, pooled.tilt(lams[-1])[1]["ess"] / 2))
+        x = torch.tensor(min(max(curve.best, curve.lam[0].item()), curve.lam[-1].item())).double().log()
+        grad, info = log_grad(None, x, pooled, None, previous.gamma)
+        found = record(dataclasses.replace(previous, k=previous.k + 1, x=x, grad=grad, info=info, p_star=pooled))
+        done = done and f"{done}; best at lam = {found.lam:.4g}"
+        yield dataclasses.replace(found, done=done, outer=previous, curve=curve)
 
 
 def _smallest_log_lam(samples: TiltSamples, low: Tensor, high: Tensor, min_ess: float) -> Tensor:
     """Where the effective sample size, which falls with lam, reaches min_ess; `low` if it stays above."""
-
-    def enough(x: Tensor) -> bool:
-        return samples.tilt(x.exp())[1]["ess"] >= min_ess
-
-    if enough(low):
-        return low
-    if not enough(high):
+    if samples.tilt(high.exp())[1]["ess"] < min_ess:
         raise ValueError(f"{len(samples.r_low)} samples have no effective sample size of {min_ess:g}: draw more")
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    grid = range(2**30 + 1)
+    step = (high - low) / grid[-1]
+    return low + step * bisect_left(grid, True, key=lambda i: samples.tilt((low + step * i).exp())[1]["ess"] >= min_ess)
 
 
 def refuse_changes(saved: dict, config: dict, what: str = "parameters") -> None:

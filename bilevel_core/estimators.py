@@ -66,25 +66,6 @@ def q_grad_two_point(
     return draws.mean(0), {"calls": 2 * directions, "f": torch.stack(values).mean().item(), "se": se}
 
 
-def q_grad_one_point(
-    f: Objective, q: Tensor, previous: float, *, seed: int, delta: Tensor | float = 0.01, f_seed: int | None = None
-) -> tuple[Tensor, dict]:
-    """The one-point residual estimate (f(q + delta u) - previous) u/delta: one evaluation a step.
-
-    previous  f at the last perturbed point: "f" of the last info. It centres the estimate: any constant leaves it
-              unbiased, a close one lowers its variance. The first call needs a real value, f(q), not 0
-    seed      of u;  f_seed: of f, the same in every step for common random numbers; None: `seed`
-    The other arguments and the result are those of `q_grad_two_point`.
-    """
-    delta = _lengths(delta, q)
-    if not math.isfinite(previous):
-        raise ValueError(f"previous = {previous} must be finite: start with f(q)")
-    generator = torch.Generator().manual_seed(derive_seed("directions", seed))
-    u = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q)
-    value = _value(f, q + delta * u, seed if f_seed is None else f_seed)
-    return (value - previous) * u / delta, {"calls": 1, "f": value.item(), "se": None}
-
-
 def q_grad_coordinates(
     f: Objective, q: Tensor, *, seed: int, delta: Tensor | float = 0.01, common: bool = True
 ) -> tuple[Tensor, dict]:
@@ -200,10 +181,11 @@ def lam_grad_penalty(
     r_up, r_low  (n,)  upper and lower rewards of the same samples of p_0
     lam          ()    entropy strength > 0;  gamma > 0, may be infinite
     log_w        (n,)  optional log-weights of the samples, as in `tilt_weights`
-    Returns the gradient (), float64, and info: "se" its standard error, "ess" the smaller effective sample size of the
-    two laws, "warning" as in `tilt_weights`. Both laws share the samples, and their difference is taken before it is
-    multiplied, so standard error and rounding stay bounded as gamma grows: the limit is `lam_grad_cov`, at infinity and
-    before. Raises ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
+    Returns the gradient (), float64, and info: "se" its standard error, which is the norm of "influence" (n,), what
+    each sample adds to the error; "ess" the smaller effective sample size of the two laws; "warning" as in
+    `tilt_weights`. Both laws share the samples, and their difference is taken before it is multiplied, so standard
+    error and rounding stay bounded as gamma grows: the limit is `lam_grad_cov`, at infinity and before. Raises
+    ValueError as `tilt_weights` does, and if gamma <= 0 or a reward is constant.
     """
     r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
     if gamma == float("inf"):
@@ -234,49 +216,13 @@ def lam_grad_cov(r_up: Tensor, r_low: Tensor, lam: Tensor | float, log_w: Tensor
     return (cov[:, 0] / lams**2).reshape(shape), _report(p.square().sum(), lam, influence.reshape(*shape, -1))
 
 
-def lam_grad_path(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    """gamma (KL_path[guided by r_up/gamma + r_low] - KL_path[guided by r_low]): (A) from guided trajectories.
-
-    kl_gamma, kl_star  (n,)  `guidance.path_kl` of trajectories under the two guidances, with common random numbers
-    Right only where the guidance is the exact h-transform (then the path KL tends to the KL of the samples as steps
-    grow). With look-ahead guidance the guided law is not the tilted one and even the sign can be wrong: don't learn
-    lambda with it; draw particles and use `lam_grad_penalty`. Returns as `lam_grad_penalty` does; "ess" is n.
-    """
-    return _paired(kl_gamma, kl_star, gamma)
-
-
-def lam_grad_released_est1(
-    r_up: Tensor, r_low: Tensor, lam: Tensor | float, gamma: float, log_w: Tensor | None = None
-) -> tuple[Tensor, dict]:
-    """The released code's first estimator, for comparison only: gamma (KL(p_0 || p_gamma) - KL(p_0 || p_star)).
-
-    The arguments of both KL are swapped. As gamma grows its root is where E_{p_star}[r_up] has fallen back to
-    E_{p_0}[r_up], not where it is largest: (E_{p_star}[r_up] - E_{p_0}[r_up])/lam is the limit. Arguments, result and
-    errors as for `lam_grad_penalty`.
-    """
-    r_up, rows, lams, log_w = _inputs(r_up, r_low, lam, log_w, gamma, rewards=1)
-    gamma, p_0 = min(gamma, 1e100), log_w.softmax(0)  # so far out it is its limit
-    p, _, p_gamma, d, rise, change = _two_laws(log_w, r_up, rows[0], lams[0], gamma)
-    mean = (p_0 * d).sum()  # d is centred at E_star[d] = 0
-    grad, influence = gamma * (rise - mean), gamma * (change - p_0 * (d - mean))
-    return grad, _report(max(p_gamma.square().sum(), p.square().sum()), lam, influence)
-
-
-def lam_grad_released_est2(norm_gamma: Tensor, norm_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    """The released code's second estimator, for comparison only: `lam_grad_path` with norms in place of KLs, halved.
-
-    norm_gamma, norm_star  (n,)  norm (not squared) of the guidance, averaged over the steps of each trajectory
-    It has no fixed relation to a KL. Returns as `lam_grad_path` does.
-    """
-    return _paired(norm_gamma / 2, norm_star / 2, gamma)
-
-
-def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def pool(h: Tensor, sizes: Tensor, count: Tensor, log_z: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lets samples of K laws p_0 exp(h_k)/Z_k stand for p_0 together (multistate reweighting, Shirts & Chodera 2008).
 
     h      (K, n)  every h_k at every sample, law by law in one order; h_0 = 0 up to a constant, so that law 0 is p_0
     sizes  (K,)    how many of the n samples each law gave
     count  (n,)    how many of its law's samples a row stands for: 1, or n_k times its weight within the law
+    log_z  (K,)    where to start the search for log Z
     Returns log-weights (n,), as `tilt_weights` takes them, and log Z (K,), with log Z_0 = 0. A row gets one over the
     density of the mixture of all laws, sizes_k exp(h_k)/Z_k summed over k (the balance heuristic of Veach & Guibas
     1995), and log Z minimises a convex function of K - 1 numbers, by Newton's method. Unlike the effective sample size
@@ -284,7 +230,7 @@ def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     law itself. Where neighbouring laws do not overlap Z is rough, and with it log-weights between them.
     """
     h, sizes, count = h.double(), sizes.double(), count.double()
-    log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log()
+    log_z = h[:, : int(sizes[0])].logsumexp(1) - sizes[0].log() if log_z is None else log_z
     step, little = torch.zeros_like(log_z), 1e-12 * sizes.sum() * torch.eye(len(sizes)).double()
 
     def look(log_z: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,6 +248,19 @@ def pool(h: Tensor, sizes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
             step /= 2  # it went too far: the slope along it has turned
         log_z = log_z + step
     return count.clamp(min=1e-300).log() - (h + (sizes.log() - log_z)[:, None]).logsumexp(0), log_z
+
+
+def group_error(p: Tensor, influence: Tensor, group: Tensor | None = None) -> Tensor:
+    """The standard error () of an estimate with weights p, of which each row adds `influence` to the error, both (n,).
+
+    group  (n,) integers: rows of one number depend on each other, and only groups are independent; None: all rows are
+    For the families of particles that is the estimate of Chan & Lai (2013). Infinite where one group has all weight.
+    """
+    if group is None:
+        return influence.norm()
+    share, sums = (torch.bincount(group.cpu(), values) for values in (p, influence))
+    rest = 1 - share.square().sum()
+    return sums.norm() / rest.sqrt() if rest > 1e-9 else torch.full_like(rest, float("inf"))
 
 
 @dataclass(frozen=True)
@@ -328,11 +287,12 @@ def lam_curve(
     *,
     z: float = 1.96,
     min_ess: float = MIN_ESS,
+    group: Tensor | None = None,
 ) -> LamCurve:
     """The whole curve lambda -> E_{p_star}[r_up] with its band, its maximum and the maximum's interval, from one batch.
 
     lams   (m,) increasing, > 0; None: 161 values over eight decades around the spread of r_low
-    z      quantile of the interval, 1.96 for 95 %;  the other arguments as in `lam_grad_penalty`
+    z      quantile of the interval, 1.96 for 95 %;  group: as for `group_error`;  the others as in `lam_grad_penalty`
     Kept are the values with ESS >= min_ess. "best" maximises over them; "interval" holds the neighbouring lambda at
     which the gradient (C) is within z standard errors of zero (asymptotic: a few thousand samples make it somewhat too
     narrow). "boundary" is "low" or "high" (then best is 0 or infinity if the kept values end where `lams` does; else
@@ -351,8 +311,8 @@ def lam_curve(
         p, _, _ = _tilt(log_w, low / lam)
         up, centred = r_up - (p * r_up).sum(), low - (p * low).sum()
         cov = (p * up * centred).sum()
-        se, grad_se = (p * up).norm(), (p * (up * centred - cov)).norm() / lam**2
-        return [(p * r_up).sum(), se, 1 / p.square().sum(), cov / lam**2, grad_se]
+        se, grad_se = (group_error(p, p * each, group) for each in (up, up * centred - cov))
+        return [(p * r_up).sum(), se, 1 / p.square().sum(), cov / lam**2, grad_se / lam**2]
 
     table = torch.stack([torch.stack(measure(lam)) for lam in lams])
     kept = (table[:, 2] >= min_ess).nonzero()[:, 0]
@@ -468,18 +428,5 @@ def _report(sum_of_squares: Tensor, lam: Tensor | float, influence: Tensor | Non
             "raise lam, draw more samples, or draw them guided or as particles at this lam"
         )
         warnings.warn(warning, stacklevel=3)
-    return {"ess": ess, "warning": warning} | ({} if influence is None else {"se": influence.square().sum(-1).sqrt()})
-
-
-def _paired(kl_gamma: Tensor, kl_star: Tensor, gamma: float) -> tuple[Tensor, dict]:
-    if kl_gamma.shape != kl_star.shape or kl_star.dim() != 1 or len(kl_star) < 2:
-        raise ValueError(f"both must be (n,) with n >= 2, by trajectory: {[*kl_gamma.shape]}, {[*kl_star.shape]}")
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"gamma = {gamma} must be positive and finite")
-    difference = gamma * (kl_gamma.double() - kl_star.double())
-    if not torch.isfinite(difference).all():
-        raise ValueError("the path KLs must be finite; leave the last step unguided, or lower the guidance")
-    n, rounding = len(difference), gamma * torch.finfo(kl_star.dtype).eps * kl_star.abs().max()
-    if rounding > difference.square().mean().sqrt() / 10:
-        raise ValueError(f"at gamma = {gamma:g} the two agree to rounding; lower gamma, or check that r_up guides")
-    return difference.mean(), {"se": difference.std() / n**0.5, "ess": float(n), "warning": None}
+    error = {} if influence is None else {"influence": influence, "se": influence.square().sum(-1).sqrt()}
+    return {"ess": ess, "warning": warning} | error

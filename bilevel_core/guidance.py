@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .samplers import check_grid, ddim_coefficients, x0_source
+from .samplers import check_grid, x0_source
 from .schedules import ANGLE, Scale, check_abar, integer, per_sample, read
 
 
@@ -97,7 +97,7 @@ class LookAhead:
                 weights otherwise choose by what the reward makes of a blurred x0_hat. The last weight is h as it is
     micro_batch rows per gradient pass, None: all. Gradients are per sample, so it changes nothing but the memory
     checkpoint  recomputes denoiser and reward in the backward pass, so that their activations are never held together
-    record      a list, to which each guided step appends (t, |grad h|^2 (B,)), for `path_kl` and `guidance_norm`
+    record      a list, to which each guided step appends (t, |grad h|^2 (B,)), for `lab.comparisons.path_kl`
     Differentiable in x, abar and the weights if the caller has gradients enabled. A step from abar_t = 0 is unguided:
     there x_t knows nothing of x_0, and no network tells the limit. Raises ValueError if lam <= 0, for a bad table or
     grid, or if the reward is not (B,), not finite, or gives no gradient or one that is not finite; TypeError if it is
@@ -141,7 +141,7 @@ class LookAhead:
 
     def potential(self, x0: Tensor) -> Tensor:
         """h(x0) = reward(x0)/lam, (B,)."""
-        r = _one_each(self.reward(x0), len(x0))
+        r = one_each(self.reward(x0), len(x0))
         h = r / self.lam
         if not read(torch.isfinite(h).all(), True):
             name = "reward/lam" if torch.isfinite(r).all() else "the reward"
@@ -191,14 +191,14 @@ class LookAhead:
             h = h * self.abar[t].to(h) ** self.temper if self.temper else h
             if not guided:
                 return hat, hat, h
-            grad = _gradient(h, x, keep)
+            grad = gradient_of(h, x, keep)
         return (hat, grad, h) if keep else (hat.detach(), grad, h.detach())
 
     def _run(self, function: Callable, *inputs: Tensor | int) -> Tensor:
         return recompute(function, *inputs, use_reentrant=False) if self.checkpoint else function(*inputs)
 
 
-def _one_each(r: Tensor, n: int) -> Tensor:
+def one_each(r: Tensor, n: int) -> Tensor:
     """What a reward gave for n samples, refused unless it is floating, (n,)."""
     wanted = f"it must be one value each, a floating tensor of shape ({n},)"
     if not isinstance(r, Tensor):
@@ -208,68 +208,12 @@ def _one_each(r: Tensor, n: int) -> Tensor:
     return r
 
 
-def _gradient(r: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+def gradient_of(r: Tensor, x: Tensor, keep: bool = False) -> Tensor:
     """The gradient of each value of r (B,) in its own row of x (B, ...); keep: with a graph."""
     grad = torch.autograd.grad(r.sum(), x, create_graph=keep, allow_unused=True)[0] if r.requires_grad else None
     if grad is None:
         raise ValueError("the reward gives no gradient in x_0; use sample_particles(..., guided=False)")
     return grad
-
-
-def released_target_matching(
-    denoiser: Callable[[Tensor, int], Tensor],
-    reward: Callable[[Tensor], Tensor],
-    x0: Tensor,
-    target: float,
-    strength: float,
-    abar: Tensor,
-    ts: list[int],
-) -> LookAhead:
-    """One round of the released code's guidance: towards a reward of `target`, with the reward linearised at x0.
-
-    Adds to the score -strength grad_{x_t} (target - <G, x0_hat> - b)^2/2, where G = grad reward(x0) and
-    b = reward(x0) - <G, x0>. It aims at a value of the reward, not at p_0 exp(r/lam) (gradient-guided diffusion,
-    arXiv 2404.14743).
-
-    x0        (1, ...) or (B, ...)  the last round's images; the next round takes those that this one makes
-    strength  beta/lam > 0;  the other arguments as for `LookAhead`, whose last step is unguided
-    """
-    with torch.enable_grad():
-        x0 = x0.detach().requires_grad_()
-        r = _one_each(reward(x0), len(x0))
-        slope = _gradient(r, x0)
-    slope, offset = slope.reshape(len(x0), -1), r.detach() - (slope * x0.detach()).reshape(len(x0), -1).sum(1)
-
-    def closeness(x: Tensor) -> Tensor:
-        return -((target - (slope * x.reshape(len(x), -1)).sum(1) - offset) ** 2) / 2
-
-    return LookAhead(denoiser, closeness, 1 / strength, abar, ts)
-
-
-def path_kl(record: list[tuple[int, Tensor]], abar: Tensor, ts: list[int], eta: float = 1.0) -> Tensor:
-    """sum_t |mu_guided(x_t) - mu_0(x_t)|^2/(2 sigma_t^2) along each guided path (Girsanov); (n,), float64.
-
-    record  what `LookAhead` recorded in one run of `sample_ddim` with the same abar, ts and eta in (0, 1]
-    The mean bounds the KL between the output laws of the guided and the plain *sampler*; it is equal to it for the
-    exact h-transform in the limit of many steps. Raises ValueError if a step without noise was guided: the KL is
-    then infinite.
-    """
-    abar = check_abar(abar)
-    ts = check_grid(ts, abar)
-    after, kl = dict(zip(ts, [*ts[1:], 0], strict=True)), torch.zeros(())
-    for t, square in record:
-        if t not in after:
-            raise ValueError(f"the record has a step at t = {t} that is not on the grid {ts}: it is of another run")
-        _, c_eps, sigma = ddim_coefficients(abar, t, after[t], eta)
-        if not sigma > 0:
-            raise ValueError(f"the step at t = {t} adds no noise but was guided, so the path KL is infinite")
-        kl = kl + (c_eps**2 * (1 - abar[t]) / (2 * sigma**2)).to(square.device) * square
-    return kl
-
-
-def guidance_norm(record: list[tuple[int, Tensor]]) -> Tensor:
-    """|grad h| averaged over the steps of each path, (n,): what `estimators.lam_grad_released_est2` takes for a KL."""
-    return torch.stack([square.sqrt() for _, square in record]).mean(0)
 
 
 class CostMeter:

@@ -10,6 +10,7 @@ itself can take the step: those of `guidance.eps_from_x0` and `eps_from_v` do, a
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
@@ -36,6 +37,7 @@ class Guide(Protocol):
         """h(x0), (B,)."""
 
 
+MIN_FAMILIES = 10  # of particles: with fewer, an estimate is not to be trusted
 SPACINGS = ("trailing", "leading", "linspace")
 
 
@@ -95,6 +97,7 @@ def sample_ddim(
     ts: list[int],
     *,
     eta: float = 0.0,
+    widest: bool = False,
     generator: torch.Generator | None = None,
     noise: Iterable[Tensor] | None = None,
     trajectory: bool = False,
@@ -107,7 +110,7 @@ def sample_ddim(
     x      (B, ...)  x_T, or more exactly x at t = ts[0]
     abar   (T+1,)    signal levels, abar[0] = 1
     ts     descending grid from `timesteps`
-    eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling
+    eta    in [0, 1]; 0 is deterministic, 1 is ancestral sampling;  widest: with noise as large as that of q(x_t | x_s)
     noise  one tensor like x for each step, else drawn from the generator (only where sigma > 0)
     grad_steps  only the last so many steps keep a graph: a truncated, biased gradient. None: all, where enabled
     checkpoint  recomputes each denoiser call in the backward pass, so that memory holds one of them at a time
@@ -129,7 +132,7 @@ def sample_ddim(
             hat = recompute(network, x, t, use_reentrant=False) if checkpoint else network(x, t)
             x = _scalar(c_x, x) * x + _scalar(c_hat, x) * hat
             if eta and s:
-                x = x + _scalar(sigma, x) * _draw(x, noise, generator)
+                x = x + _scalar((1 - abar[t] / abar[s]).sqrt() if widest else sigma, x) * _draw(x, noise, generator)
         if trajectory:
             path.append(x)
     return path if trajectory else x
@@ -166,16 +169,7 @@ def x0_source(denoiser: Denoiser) -> Denoiser:
 
 
 def sample_ancestral(
-    denoiser: Denoiser,
-    x: Tensor,
-    abar: Tensor,
-    ts: list[int],
-    *,
-    variance: str = "posterior",
-    generator: torch.Generator | None = None,
-    noise: Iterable[Tensor] | None = None,
-    trajectory: bool = False,
-    progress: Callable[[list], Iterable] | None = None,
+    denoiser: Denoiser, x: Tensor, abar: Tensor, ts: list[int], *, variance: str = "posterior", **options: object
 ) -> Tensor | list[Tensor]:
     """Algorithm 4 as DDPM ancestral sampling (Ho et al., arXiv 2006.11239, eqs. 6-7), on any grid.
 
@@ -184,20 +178,7 @@ def sample_ancestral(
     """
     if variance not in ("posterior", "beta"):
         raise ValueError(f"variance is {variance!r}; it must be 'posterior' or 'beta'")
-    path, noise = [x], iter(noise) if noise is not None else None
-    abar, pairs, dark = _start(x, abar, ts, progress)
-    for t, s in pairs:
-        a_t, a_s = abar[t], abar[s]
-        beta = 1 - a_t / a_s
-        if t == dark:
-            mean = _scalar(a_s.sqrt(), x) * x0_source(denoiser)(x, t)
-        else:
-            mean = (x - _scalar(beta / (1 - a_t).sqrt(), x) * denoiser(x, t)) * _scalar((a_s / a_t).sqrt(), x)
-        sigma = (beta * (1 - a_s) / (1 - a_t) if variance == "posterior" else beta).sqrt()
-        x = mean + _scalar(sigma, x) * _draw(x, noise, generator) if s else mean
-        if trajectory:
-            path.append(x)
-    return path if trajectory else x
+    return sample_ddim(denoiser, x, abar, ts, eta=1.0, widest=variance == "beta", **options)
 
 
 def sample_dpm(denoiser: Denoiser, x: Tensor, abar: Tensor, ts: list[int], *, checkpoint: bool = False) -> Tensor:
@@ -232,6 +213,7 @@ def sample_particles(
     eta: float = 1.0,
     guided: bool = True,
     threshold: float = 0.5,
+    keep_noise: bool = False,
     generator: torch.Generator | None = None,
     progress: Callable[[list], Iterable] | None = None,
 ) -> tuple[Tensor, Tensor, dict]:
@@ -245,15 +227,27 @@ def sample_particles(
     eta        in (0, 1], the chain's own
     guided     False proposes with the plain kernel: then the reward needs no gradient
     threshold  systematic resampling where the effective sample size falls below threshold n; 0 never, 1 always
+    keep_noise  info holds "z" (n, steps, ...) too: the noise with which the plain chain makes each x_0, as
+               `tempering.noise_map` takes it. From rows of z drawn by their weights, `tempering.sample_tempered` at
+               (infinity, lam) goes on to move them, which leaves their law as it is
     Returns x_0 (n, ...), log-weights (n,) whose exponentials sum to one, and info: "ess" before each resampling and at
-    the end, "resampled" the times t at which it happened, "log_z" the estimate of log E exp(h(x_0)). Resampled
-    particles are dependent: take standard errors from independent calls. Raises ValueError for a bad eta or grid.
+    the end, "resampled" the times t at which it happened, "log_z" the estimate of log E exp(h(x_0)), "family" (n,), the
+    row of x_T that each descends from, and "families", how many of these there are effectively, by their weights.
+    Resampled particles are dependent: take standard errors from families (`algorithms.TiltSamples`, group) or
+    independent calls. Warns if fewer than 10 families are left of 100 starts or more: then the law of a look-ahead that
+    falls short is all there is, and nothing in the particles can tell. Raises ValueError for a bad eta or grid.
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta = {eta} must lie in (0, 1]: without noise no weight can correct the proposal")
     n = len(x)
     log_w = torch.full((n,), -math.log(n), dtype=torch.float64, device=x.device)  # exp(log_w) sums to Z so far
-    h, sizes, resampled = torch.zeros_like(log_w), [], []
+    h, sizes, resampled, family, path = (
+        torch.zeros_like(log_w),
+        [],
+        [],
+        torch.arange(n, device=x.device),
+        [x] * keep_noise,
+    )
     abar, pairs, dark = _start(x, abar, ts, progress)
     for t, s in pairs:
         eps_hat, eps_proposal, h_next = guide.look(x, t, guided and s > 0)
@@ -261,7 +255,8 @@ def sample_particles(
         sizes.append(1 / log_w.softmax(0).square().sum().item())
         if sizes[-1] < threshold * n:
             rows = _systematic(log_w, generator)
-            x, eps_hat, eps_proposal, h = x[rows], eps_hat[rows], eps_proposal[rows], h[rows]
+            x, eps_hat, eps_proposal, h, family = (v[rows] for v in (x, eps_hat, eps_proposal, h, family))
+            path = [v[rows] for v in path]
             log_w = torch.full_like(log_w, log_w.logsumexp(0).item() - math.log(n))
             resampled.append(t)
         c_x, c_eps, sigma = (_scalar(c, x) for c in ddim_coefficients(abar, t, s, eta, t == dark))
@@ -270,9 +265,15 @@ def sample_particles(
             z, shift = _draw(x, None, generator), c_eps * (eps_proposal - eps_hat) / sigma
             x = x + sigma * z
             log_w = log_w - (z * shift + shift**2 / 2).reshape(n, -1).double().sum(1)
+            path += [z + shift] * keep_noise
     log_w = log_w + guide.potential(x) - h
     sizes.append(1 / log_w.softmax(0).square().sum().item())
-    return x, log_w.log_softmax(0), {"ess": sizes, "resampled": resampled, "log_z": log_w.logsumexp(0).item()}
+    families = 1 / torch.zeros_like(log_w).index_add(0, family, log_w.softmax(0)).square().sum().item()
+    if families < MIN_FAMILIES <= n / 10:
+        said = f"the particles descend from {families:.1f} of {n} starts, by weight: their law may be the look-ahead's"
+        warnings.warn(f"{said}; take more, a milder lam, or tempering.sample_tempered", stacklevel=2)
+    info = {"ess": sizes, "resampled": resampled, "log_z": log_w.logsumexp(0).item(), "family": family}
+    return x, log_w.log_softmax(0), info | {"families": families} | ({"z": torch.stack(path, 1)} if keep_noise else {})
 
 
 def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:

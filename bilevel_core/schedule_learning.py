@@ -80,7 +80,7 @@ class ScheduleLearning:
     denoiser    trained for q (Algorithm 3): theta_star and theta_gamma start as copies of it, it is left as it is
     q           (4,) admissible start, later the current schedule;  kind, form, T: of the schedule
     quality     images (n, ...) as the sampler leaves them -> (), differentiable, such as the Frechet distance
-                (`distances.frechet`) of a classifier's features to fixed moments
+                (`lab.distances.frechet`) of a classifier's features to fixed moments
     gamma       > 0, or a function of k. The gradient is biased by O(1/gamma), its error grows with gamma: see `warning`
     sample_steps, samples   DDIM steps and images of one evaluation of f
     estimator   (f, z, seed) -> (d_z f, info), one of `estimators.q_grad_*`. Where its memory fits, which grows with

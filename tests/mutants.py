@@ -18,7 +18,7 @@ from bilevel_core.lab import results
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "mutants" / "bilevel_core"
-MODULES = ("schedules", "samplers", "estimators", "lab/oracles")
+MODULES = ("schedules", "samplers", "estimators", "tempering", "lab/oracles")
 # mutmut's exit codes of a fault's tests; a fault that makes them hang is as good as caught.
 CODES = {0: "survived", 1: "killed", 3: "killed", 24: "timeout", 33: "no test", 36: "timeout", -24: "timeout"}
 

@@ -1,7 +1,6 @@
 """Every estimator of the gradient in lambda: closed forms by quadrature, finite differences, and Monte Carlo errors."""
 
 import math
-import re
 import warnings
 
 import hypothesis
@@ -11,7 +10,7 @@ import torch
 from scipy import optimize
 
 from bilevel_core import estimators
-from bilevel_core.lab import oracles
+from bilevel_core.lab import comparisons, oracles
 
 MIXTURE = oracles.Mixture1D()
 PROBLEM = MIXTURE.problem()
@@ -71,7 +70,7 @@ def test_large_gamma_with_common_samples_tends_to_the_covariance():
 @pytest.mark.parametrize("gamma, root", [(1.0, 0.160), (10.0, 0.412), (1000.0, 0.4612)])
 def test_the_released_est1_stops_where_the_reward_has_fallen_back(gamma, root):
     def slope(lam):
-        return estimators.lam_grad_released_est1(R_UP, R_LOW, lam, gamma, LOG_W)[0].item()
+        return comparisons.lam_grad_released_est1(R_UP, R_LOW, lam, gamma, LOG_W)[0].item()
 
     assert optimize.brentq(slope, 0.1, 3) == pytest.approx(root, abs=6e-4)
     if gamma == 1000.0:
@@ -107,8 +106,8 @@ def test_no_gamma_is_too_large(gamma, lam, dtype):
         cov, exact = estimators.lam_grad_cov(up, low, lam)
         grad, info = estimators.lam_grad_penalty(up, low, lam, gamma)
         shifted, _ = estimators.lam_grad_penalty(up.double() + 1e6, low.double() - 1e6, lam, gamma)
-        swapped, at = estimators.lam_grad_released_est1(up, low, lam, gamma)
-        limit, _ = estimators.lam_grad_released_est1(up, low, lam, math.inf)
+        swapped, at = comparisons.lam_grad_released_est1(up, low, lam, gamma)
+        limit, _ = comparisons.lam_grad_released_est1(up, low, lam, math.inf)
         p, _ = estimators.tilt_weights(low, lam)
     rel = 1e-9 + 30 / gamma * max(1, 1 / lam)  # how far the limit is
     assert grad.item() == pytest.approx(cov.item(), rel=rel, abs=rel * exact["se"].item() * 1e3)
@@ -135,7 +134,7 @@ def test_the_difference_of_two_laws_is_that_of_their_closed_forms(gamma, lam):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         grad, info = estimators.lam_grad_penalty(up, low, lam, gamma)
-        swapped, at = estimators.lam_grad_released_est1(up, low, lam, gamma)
+        swapped, at = comparisons.lam_grad_released_est1(up, low, lam, gamma)
     loss = 1e-13 * gamma + 1e-15 * up.abs().max().item() / lam  # rounding of the two apart
     assert grad.item() == pytest.approx(problem.penalty_grad(lam, gamma).item(), rel=1e-9, abs=loss)
     assert info["se"].item() == pytest.approx(gamma * (influence[0] - influence[1]).norm().item(), rel=1e-9, abs=loss)
@@ -157,14 +156,14 @@ def test_monte_carlo_within_four_standard_errors(lam, gamma, n):
         (estimators.lam_grad_penalty(*r, lam, gamma), PROBLEM.penalty_grad(lam, gamma)),
         (estimators.lam_grad_cov(*r, lam), PROBLEM.hypergrad(lam)),
         (
-            estimators.lam_grad_released_est1(*r, lam, gamma),
-            estimators.lam_grad_released_est1(R_UP, R_LOW, lam, gamma, LOG_W)[0],
+            comparisons.lam_grad_released_est1(*r, lam, gamma),
+            comparisons.lam_grad_released_est1(R_UP, R_LOW, lam, gamma, LOG_W)[0],
         ),
     ]:
         assert abs(grad - exact) < 4 * info["se"]
 
 
-@pytest.mark.parametrize("estimator", [estimators.lam_grad_penalty, estimators.lam_grad_released_est1])
+@pytest.mark.parametrize("estimator", [estimators.lam_grad_penalty, comparisons.lam_grad_released_est1])
 def test_error_shrinks_as_the_root_of_n_and_the_standard_error_tells_it(estimator):
     spread, (exact, _) = [], estimator(R_UP, R_LOW, 2.0, 10.0, LOG_W)
     for n in (500, 8_000):
@@ -189,31 +188,6 @@ def test_importance_weights_stand_for_samples_of_p_0():
         assert shifted.item() == pytest.approx(grad.item(), rel=1e-9)
         _, tilt = estimators.tilt_weights(x, lam, log_w)
         assert tilt["kl"] == pytest.approx(PROBLEM.kl(PROBLEM.p_gamma(lam)).item(), rel=0.03)
-
-
-def test_path_estimators_use_common_random_numbers():
-    g = torch.Generator().manual_seed(5)
-    common, extra = torch.rand(1000, generator=g), 1e-3 * torch.rand(1000, generator=g)
-    grad, info = estimators.lam_grad_path(common + extra, common, 100.0)
-    assert grad.item() == pytest.approx(0.05, rel=0.05) and info["se"] < 0.002
-    half, _ = estimators.lam_grad_released_est2(common + extra, common, 100.0)
-    assert half.item() == pytest.approx(grad.item() / 2, rel=1e-4)
-    for estimator in (estimators.lam_grad_path, estimators.lam_grad_released_est2):
-        with pytest.raises(ValueError, match=r"must be \(n,\) with n >= 2"):
-            estimator(common, common[:-1], 1.0)
-        with pytest.raises(ValueError, match="gamma = inf must be positive and finite"):
-            estimator(common, common, math.inf)
-        with pytest.raises(ValueError, match="the path KLs must be finite"):
-            estimator(common + math.inf, common, 1.0)
-        for dtype, gamma in ((torch.float32, 1e8), (torch.float64, 1e18)):
-            kl = common.to(dtype)
-            other = kl * (1 + torch.finfo(dtype).eps * (extra > 5e-4))  # they differ in the last bit at most
-            for pair in ((other, kl), (kl, kl)):
-                with pytest.raises(
-                    ValueError,
-                    match=rf"at gamma = {re.escape(format(gamma, 'g'))} the two agree to rounding; lower gamma",
-                ):
-                    estimator(*pair, gamma)
 
 
 # ---------------------------------------------------------------- the whole curve
@@ -271,7 +245,7 @@ def test_low_effective_sample_size_is_said():
 
 ESTIMATORS = [
     lambda up, low, lam, log_w=None: estimators.lam_grad_penalty(up, low, lam, 10.0, log_w),
-    lambda up, low, lam, log_w=None: estimators.lam_grad_released_est1(up, low, lam, 10.0, log_w),
+    lambda up, low, lam, log_w=None: comparisons.lam_grad_released_est1(up, low, lam, 10.0, log_w),
     estimators.lam_grad_cov,
 ]
 
@@ -340,7 +314,7 @@ def test_no_valid_input_gives_nan(values, log_lam, log_gamma):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = [estimators.lam_grad_penalty(up, low, lam, gamma), estimators.lam_grad_cov(up, low, lam)]
-        results.append(estimators.lam_grad_released_est1(up, low, lam, gamma))
+        results.append(comparisons.lam_grad_released_est1(up, low, lam, gamma))
         _, tilt = estimators.tilt_weights(low, lam)
         curve = estimators.lam_curve(up, low, lam * torch.logspace(-4, 4, 15, dtype=torch.float64), min_ess=1.0)
     for grad, info in results:
@@ -461,17 +435,20 @@ def test_standard_errors_are_the_derivative_in_the_log_weights(estimator):
         "penalty": lambda w: estimators.lam_grad_penalty(SMALL_UP, low, lam, gamma, w),
         "cov": lambda w: estimators.lam_grad_cov(SMALL_UP, low, lam, w),
         "vector": lambda w: estimators.lam_grad_cov(SMALL_UP, low, lam, w),
-        "est1": lambda w: estimators.lam_grad_released_est1(SMALL_UP, low, lam, gamma, w),
+        "est1": lambda w: comparisons.lam_grad_released_est1(SMALL_UP, low, lam, gamma, w),
     }[estimator]
     influence = torch.autograd.functional.jacobian(lambda w: run(w)[0], SMALL_W)
     grad, info = run(SMALL_W)
     torch.testing.assert_close(info["se"], influence.norm(dim=-1), rtol=1e-9, atol=0)
-    assert set(info) == {"se", "ess", "warning"} and info["se"].shape == grad.shape == torch.as_tensor(lam).shape
+    assert (
+        set(info) == {"se", "influence", "ess", "warning"}
+        and info["se"].shape == grad.shape == torch.as_tensor(lam).shape
+    )
 
 
 def test_effective_sample_size_is_that_of_the_worse_law():
     lam, gamma = 1.3, 2.0
-    for estimator in (estimators.lam_grad_penalty, estimators.lam_grad_released_est1):
+    for estimator in (estimators.lam_grad_penalty, comparisons.lam_grad_released_est1):
         for up in (SMALL_UP, -SMALL_UP):
             _, info = estimator(up, SMALL_LOW, lam, gamma, SMALL_W)
             laws = [estimators.tilt_weights(h, lam, SMALL_W)[1]["ess"] for h in (SMALL_LOW, up / gamma + SMALL_LOW)]
@@ -482,9 +459,9 @@ def test_effective_sample_size_is_that_of_the_worse_law():
 
 def test_est1_checks_gamma_and_the_number_of_rewards():
     with pytest.raises(ValueError, match="gamma = -1.0 must be positive"):
-        estimators.lam_grad_released_est1(SMALL_UP, SMALL_LOW, 1.0, -1.0)
+        comparisons.lam_grad_released_est1(SMALL_UP, SMALL_LOW, 1.0, -1.0)
     two = torch.stack([SMALL_LOW, SMALL_UP])
-    for estimator in (estimators.lam_grad_penalty, estimators.lam_grad_released_est1):
+    for estimator in (estimators.lam_grad_penalty, comparisons.lam_grad_released_est1):
         with pytest.raises(ValueError, match="takes one lower reward, not 2; use lam_grad_cov"):
             estimator(SMALL_UP, two, torch.ones(2), 1.0)
         grad, _ = estimator(SMALL_UP, SMALL_LOW[None], 2 * torch.ones(1), 10.0)  # one row is one reward
@@ -508,24 +485,6 @@ def test_inputs_at_their_limits():
         estimators.lam_grad_cov(up, low, torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"have the shapes"):
         estimators.lam_grad_cov(up, low[None, None], torch.ones(1, 1))
-
-
-def test_paired_differences_by_hand():
-    """gamma times the mean difference, and its standard error s/sqrt(n) over trajectories."""
-    high, low = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 1.0, 1.0])
-    grad, info = estimators.lam_grad_path(high, low, 10.0)  # differences 5, 10, 30
-    assert grad.item() == pytest.approx(15) and grad.dtype == torch.float64
-    assert info == {"se": pytest.approx((175 / 3) ** 0.5), "ess": 3.0, "warning": None}
-    half, info_half = estimators.lam_grad_released_est2(high, low, 10.0)
-    assert half.item() == pytest.approx(7.5) and info_half["se"].item() == pytest.approx(info["se"].item() / 2)
-    grad, _ = estimators.lam_grad_path(high[:2], low[:2], 10.0)  # two are enough
-    assert grad.item() == pytest.approx(7.5)
-    for bad in ((high[:1], low[:1]), (high.reshape(1, 3), low.reshape(1, 3))):
-        with pytest.raises(ValueError, match="n >= 2, by trajectory"):
-            estimators.lam_grad_path(*bad, 1.0)
-    for gamma in (0.0, -1.0):
-        with pytest.raises(ValueError, match="must be positive and finite"):
-            estimators.lam_grad_path(high, low, gamma)
 
 
 def test_the_curve_point_by_point():
@@ -604,3 +563,13 @@ def test_an_interval_may_end_between_the_last_two_lambdas():
     assert curve.lam[0] < low_end < curve.lam[1]
     high_end = estimators.lam_curve(up, low, lams, z=(score[-2] + score[-1]) / 2).interval[1]
     assert curve.lam[-2] < high_end < curve.lam[-1]
+
+
+def test_an_error_by_groups_by_hand():
+    p, influence = torch.full((6,), 1 / 6, dtype=torch.float64), torch.tensor([1.0, -1, 2, 0, -1, 3]).double()
+    group = torch.tensor([0, 0, 2, 2, 2, 5])
+    error = ((0 + 1 + 9) / (1 - 4 / 36 - 9 / 36 - 1 / 36)) ** 0.5  # sums 0, 1, 3
+    assert estimators.group_error(p, influence, group).item() == pytest.approx(error, rel=1e-12)
+    assert estimators.group_error(p, influence).item() == pytest.approx(4, rel=1e-12)
+    assert estimators.group_error(p, influence, torch.zeros(6).long()) == math.inf
+    assert estimators.group_error(p, 0 * influence, torch.zeros(6).long()) == math.inf

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel_core import distances, estimators, guidance, samplers, schedules
-from bilevel_core.lab import oracles
+from bilevel_core import estimators, guidance, samplers, schedules
+from bilevel_core.lab import distances, oracles
 from bilevel_core.lab.studies import schedule_transfer
 from bilevel_core.schedule_learning import learn_grid
 

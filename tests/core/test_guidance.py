@@ -137,111 +137,6 @@ def test_bad_input():
             guidance.LookAhead(crooked, reward, 1.0, ABAR, TS)(some_x(), 20)
 
 
-# ---------------------------------------------------------------- the released variant
-
-
-def test_released_target_matching_is_the_gradient_of_half_the_squared_miss():
-    x, t, strength, target = some_x().requires_grad_(), 20, 0.8, 3.0
-    for at in (some_x(1, 5), some_x(7, 5)):
-        leaf = at.clone().requires_grad_()
-        value = bumpy(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-        offset = (value - (slope * leaf).sum(1)).detach()
-        x0_hat = guidance.x0_from_eps(x, crooked(x, t), ABAR[t])
-        miss = (target - (slope * x0_hat).sum(1) - offset) ** 2 / 2
-        (down,) = torch.autograd.grad(miss.sum(), x)
-        guided = guidance.released_target_matching(crooked, bumpy, at, target, strength, ABAR, TS)
-        expected = crooked(x, t) + (1 - ABAR[t]).sqrt() * strength * down
-        torch.testing.assert_close(guided(x.detach(), t), expected.detach())
-
-
-def test_released_target_matching_aims_at_a_value_and_not_at_the_tilted_law():
-    """p_0 = N(0, 1), r = x: the pull to r = 2 narrows the law, where every tilt by r has variance one."""
-    law = oracles.Gaussian(torch.zeros(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64))
-    g, reward = torch.Generator().manual_seed(3), lambda x: x[:, 0]
-    x0 = torch.zeros(1, 1, dtype=torch.float64)
-    guided = guidance.released_target_matching(law.denoiser(ABAR), reward, x0, 2.0, 4.0, ABAR, TS)
-    x_T = torch.randn(2000, 1, generator=g, dtype=torch.float64)
-    with torch.no_grad():
-        x = samplers.sample_ancestral(guided, x_T, ABAR, TS, generator=g)
-    assert 1.4 < x.mean() < 2 and x.var() < 0.3
-
-
-# ---------------------------------------------------------------- the path-space KL
-
-
-@pytest.mark.parametrize("steps, expected", [(50, 0.584), (100, 0.541)])
-def test_path_kl_of_a_gaussian(steps, expected):
-    """N(0, 1/4), slope 2: the KL of the tilt is 0.5. The guidance does not depend on x, so one path tells it."""
-    law = oracles.Gaussian(torch.zeros(1, dtype=torch.float64), 0.25 * torch.eye(1, dtype=torch.float64))
-    abar, ts, record = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), steps), list(range(steps, 0, -1)), []
-    guided = guidance.LookAhead(law.denoiser(abar), lambda x: 2 * x[:, 0], 1.0, abar, ts, record=record)
-    with torch.no_grad():
-        samplers.sample_ddim(guided, torch.zeros(1, 1, dtype=torch.float64), abar, ts, eta=1.0)
-    kl = guidance.path_kl(record, abar, ts)
-    assert kl.dtype == torch.float64 and kl.item() == pytest.approx(expected, abs=6e-4)
-    norms = [square.sqrt() for _, square in record]
-    torch.testing.assert_close(guidance.guidance_norm(record), sum(norms) / (steps - 1))
-
-
-def test_path_kl_is_infinite_without_noise():
-    record = []
-    guided = guidance.LookAhead(crooked, bumpy, 1.0, ABAR, TS, guide_last=True, record=record)
-    guided(some_x(), 1)
-    with pytest.raises(ValueError, match="t = 1 adds no noise but was guided"):
-        guidance.path_kl(record, ABAR, TS)
-    with pytest.raises(ValueError, match="adds no noise"):
-        guidance.path_kl([(20, torch.ones(3))], ABAR, TS, eta=0.0)
-
-
-def test_the_path_estimator_is_right_for_the_h_transform_and_wrong_for_look_ahead():
-    """1-D oracle, gamma = 10, lam = 1: (A) is -0.39; with the exact h-transform -0.41, with look-ahead +0.89."""
-    mixture, gamma, lam, n = oracles.Mixture1D(), 10.0, 1.0, 2000
-    plain = mixture.denoiser(ABAR)
-    x_T = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def run(make):
-        record = []
-        guided, g = make(record), torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            samplers.sample_ddim(guided, x_T, ABAR, TS, eta=1.0, generator=g)
-        return record
-
-    def h_transform(curvature, slope):
-        exact = mixture.tilt(slope, curvature).denoiser(ABAR)
-
-        def make(record):
-            def guided(x, t):
-                if t == TS[-1]:
-                    return plain(x, t)
-                record.append((t, (exact(x, t) - plain(x, t)).square() / (1 - ABAR[t])))
-                return exact(x, t)
-
-            return guided
-
-        return make
-
-    def look_ahead(curvature, slope):
-        def reward(x):
-            return slope * x + curvature * x**2 / 2
-
-        return lambda record: guidance.LookAhead(plain, reward, 1.0, ABAR, TS, record=record)
-
-    found = {}
-    for name, guide in (("exact", h_transform), ("look-ahead", look_ahead)):
-        with_up, without = run(guide(-1 / (gamma * lam), (1 + 1.2 / gamma) / lam)), run(guide(0.0, 1 / lam))
-        kls = [guidance.path_kl(record, ABAR, TS) for record in (with_up, without)]
-        found[name] = estimators.lam_grad_path(*kls, gamma)
-        norms = [guidance.guidance_norm(record) for record in (with_up, without)]
-        found["est2 " + name] = estimators.lam_grad_released_est2(*norms, gamma)
-    grad, info = found["exact"]
-    assert abs(grad - mixture.problem().penalty_grad(lam, gamma)) < 4 * info["se"] + 0.08  # 50 steps
-    grad, info = found["look-ahead"]
-    assert grad > 10 * info["se"]
-    grad, info = found["est2 exact"]
-    assert abs(grad - mixture.problem().penalty_grad(lam, gamma)) > 20 * info["se"]  # it is not a KL
-
-
 # ---------------------------------------------------------------- tables: what looks like abar and is none
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -271,8 +166,6 @@ ENTRIES = {
     "draw_x_T": lambda abar: samplers.draw_x_T((3, 2), abar),
     "draw_x_T of data": lambda abar: samplers.draw_x_T((3, 2), abar, x0=ZEROS),
     "LookAhead": lambda abar: guidance.LookAhead(crooked, bumpy, 1.0, abar, [2, 1]),
-    "released": lambda abar: guidance.released_target_matching(crooked, bumpy, ZEROS, 1.0, 1.0, abar, [2, 1]),
-    "path_kl": lambda abar: guidance.path_kl([(2, torch.ones(3))], abar, [2, 1]),
     "eps_from_x0": lambda abar: guidance.eps_from_x0(crooked, abar),
     "eps_from_v": lambda abar: guidance.eps_from_v(crooked, abar),
     "clip_x0": lambda abar: guidance.clip_x0(crooked, abar),
@@ -476,7 +369,6 @@ def test_a_reward_is_one_floating_value_a_sample(reward, error, found):
     for run in (
         lambda: guided(some_x(), 20),
         lambda: samplers.sample_particles(guided, some_x(), ABAR, TS, guided=False),
-        lambda: guidance.released_target_matching(crooked, reward, some_x(), 1.0, 1.0, ABAR, TS),
     ):
         with pytest.raises(
             error, match=rf"the reward {found}.*; it must be one value each, a floating tensor of shape \(7"
@@ -538,8 +430,6 @@ def test_a_reward_without_the_images_in_its_graph_gives_no_gradient():
     for reward in (lambda x: weight * bumpy(x.detach()), lambda x: bumpy(x.detach()), lambda x: weight.expand(len(x))):
         with torch.no_grad(), pytest.raises(ValueError, match="gives no gradient in x_0; use sample_particles"):
             guidance.LookAhead(crooked, reward, 1.0, ABAR, TS)(some_x(), 20)
-        with pytest.raises(ValueError, match="gives no gradient in x_0"):
-            guidance.released_target_matching(crooked, reward, some_x(), 1.0, 1.0, ABAR, TS)
 
 
 def test_a_potential_that_overflows_is_no_nan():
@@ -561,11 +451,6 @@ def test_rows_and_grids_of_guidance_in_any_integers():
     for grid in ([], [51, 3], [3, 20]):
         with pytest.raises(ValueError, match="must descend within 1..T = 50"):
             guidance.LookAhead(crooked, bumpy, 0.3, ABAR, grid)
-    record = [(20, torch.ones(3))]
-    whole = guidance.path_kl(record, ABAR, numpy.array([20, 10]))
-    torch.testing.assert_close(whole, guidance.path_kl(record, ABAR, [20, 10]))
-    with pytest.raises(ValueError, match="the record has a step at t = 20 that is not on the grid"):
-        guidance.path_kl(record, ABAR, [21, 10])
 
 
 # ---------------------------------------------------------------- told the noise level

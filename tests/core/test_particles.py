@@ -1,11 +1,12 @@
 """Particles against the tilted law of the discrete chain: closed forms for Gaussians, weighted chains for mixtures."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
-from bilevel_core import guidance, samplers, schedules
+from bilevel_core import guidance, samplers, schedules, tempering
 from bilevel_core.lab import oracles
 
 T = 20
@@ -148,6 +149,60 @@ def test_resampling_is_triggered_by_the_effective_sample_size():
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_families_are_counted_by_the_rows_that_particles_descend_from():
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.3, ABAR, TS)
+    none = particles(guide, (200, 2), 3, guided=False, threshold=0)
+    assert none[2]["family"].tolist() == list(range(200))
+    assert none[2]["families"] == pytest.approx(none[2]["ess"][-1], rel=1e-12)
+    _, log_w, info = particles(guide, (200, 2), 3, guided=False, threshold=1.1)
+    shares = torch.zeros(200, dtype=torch.float64)
+    for row, family in enumerate(info["family"].tolist()):
+        shares[family] += log_w[row].exp()
+    assert info["families"] == pytest.approx(1 / shares.square().sum().item()) and info["families"] < info["ess"][-1]
+    # The last resampling lets few survive, and they are of the families of the resamplings before it.
+    assert 1 < len(info["family"].unique()) < 150
+
+
+def test_few_families_are_a_warning():
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.03, ABAR, TS)
+    with pytest.warns(UserWarning, match=r"the particles descend from \d\.\d of 200 starts, by weight"):
+        few = particles(guide, (200, 2), 3, guided=False)
+    assert few[2]["families"] < samplers.MIN_FAMILIES
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        particles(guide, (99, 2), 3, guided=False)  # too few starts to tell
+        particles(guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 1.0, ABAR, TS), (200, 2), 3)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_noise_that_is_kept_makes_the_same_images_in_the_plain_chain(guided):
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.3, ABAR, TS)
+    x, _, info = particles(guide, (100, 2), 3, guided=guided, eta=0.7, keep_noise=True)
+    G = tempering.noise_map(LAW.denoiser(ABAR), ABAR, TS, (2,), eta=0.7)
+    assert info["z"].shape == (100, T, 2) and info["resampled"]
+    torch.testing.assert_close(G.run(info["z"]), x, rtol=1e-9, atol=1e-9)
+    assert "z" not in particles(guide, (100, 2), 3, guided=guided, eta=0.7)[2]
+
+
+def test_moves_rejuvenate_particles_and_leave_their_law_as_it_is():
+    """Many families out of few: means of independent runs are those of the tilt, with a smaller spread than before."""
+    ts, lam = samplers.timesteps(T, 5), 0.3
+    chain = LAW.chain_law(ABAR, ts, 1.0).tilt(SLOPE, lam).mean
+    guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, lam, ABAR, ts)
+    G, before, after = tempering.noise_map(LAW.denoiser(ABAR), ABAR, ts, (2,), eta=1.0), [], []
+    for seed in range(30):
+        x, log_w, info = particles(guide, (64, 2), seed, ts=ts, guided=False, keep_noise=True)
+        g = torch.Generator().manual_seed(seed)
+        z = info["z"][torch.multinomial(log_w.exp(), 64, replacement=True, generator=g)]
+        options = {"measure": lambda x: x, "chains": 64, "dtype": torch.float64, "generator": g}
+        moved = tempering.sample_tempered(G, lambda x: x @ SLOPE, (math.inf, lam), z=z, sweeps=20, warmup=10, **options)
+        before.append(log_w.exp() @ x)
+        after.append(moved.history["measured"][-1, 1].mean(0))
+    before, after = torch.stack(before), torch.stack(after)
+    assert within(before, chain) and within(after, chain)
+    assert (after - chain).square().mean() < 0.7 * (before - chain).square().mean()
+
+
 def test_a_weak_tilt_is_plain_sampling():
     guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 1e9, ABAR, TS)
     g = torch.Generator().manual_seed(4)
@@ -184,8 +239,9 @@ def test_defaults_are_the_guided_chain_with_its_own_noise():
     guide = guidance.LookAhead(LAW.denoiser(ABAR), lambda x: x @ SLOPE, 0.4, ABAR, TS)
     x, log_w, info = particles(guide, (64, 2), 7)
     again = particles(guide, (64, 2), 7, eta=1.0, guided=True, threshold=0.5)
-    assert torch.equal(x, again[0]) and torch.equal(log_w, again[1]) and info == again[2]
-    assert set(info) == {"ess", "resampled", "log_z"} and log_w.dtype == torch.float64
+    assert torch.equal(x, again[0]) and torch.equal(log_w, again[1])
+    assert torch.equal(info.pop("family"), again[2].pop("family")) and info == again[2]
+    assert set(info) == {"ess", "resampled", "log_z", "families"} and log_w.dtype == torch.float64
     half = particles(guide, (64, 2), 7, eta=1.0, guided=True, threshold=0.9)
     assert len(half[2]["resampled"]) > len(info["resampled"])
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bilevel_core import distances, estimators, samplers
-from bilevel_core.lab import oracles
+from bilevel_core import estimators, samplers
+from bilevel_core.lab import comparisons, distances, oracles
 from bilevel_core.seeds import derive_seed
 
 ORACLE = oracles.LinearGaussianSchedule()
@@ -81,11 +81,11 @@ def test_common_random_numbers_decide():
 def test_one_point_is_unbiased_whatever_it_is_centred_on():
     for previous in (exact(Q).item(), 0.01):
         draws = torch.stack(
-            [estimators.q_grad_one_point(exact, Q, previous, seed=s, delta=1e-3)[0] for s in range(3000)]
+            [comparisons.q_grad_one_point(exact, Q, previous, seed=s, delta=1e-3)[0] for s in range(3000)]
         )
         error = draws.std(0) / 3000**0.5
         assert ((draws.mean(0) - truth()).abs() < 4 * error).all()
-    _, info = estimators.q_grad_one_point(exact, Q, 0.0, seed=1)
+    _, info = comparisons.q_grad_one_point(exact, Q, 0.0, seed=1)
     assert info["calls"] == 1 and math.isfinite(info["f"])
 
 
@@ -132,7 +132,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="directions = 0 must be at least 1"):
         estimators.q_grad_two_point(exact, Q, seed=0, directions=0)
     with pytest.raises(ValueError, match="previous = nan must be finite"):
-        estimators.q_grad_one_point(exact, Q, math.nan, seed=0)
+        comparisons.q_grad_one_point(exact, Q, math.nan, seed=0)
     with pytest.raises(ValueError, match="grad_steps = 0 must be at least 1"):
         sampled(Q, 0, grad_steps=0)
 
@@ -207,7 +207,7 @@ def test_draws_of_neighbouring_seeds_differ():
         assert len(set(f.seeds)) == len(f.seeds)
     u = [Spy(), Spy()]
     for f, seed in zip(u, (3, 3 + 2**32), strict=True):
-        estimators.q_grad_one_point(f, Q, 0.0, seed=seed)
+        comparisons.q_grad_one_point(f, Q, 0.0, seed=seed)
     own = torch.randn(4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert not torch.equal(u[0].points[0], u[1].points[0]) and not torch.allclose(u[0].points[0], Q + 0.01 * own)
 
@@ -264,12 +264,12 @@ def test_one_point_by_hand():
     u = torch.randn(4, generator=directions(5), dtype=torch.float64)
     for f_seed, used in ((None, 5), (0, 0), (9, 9)):
         f = Spy()
-        grad, info = estimators.q_grad_one_point(f, Q, 2.0, seed=5, delta=delta, f_seed=f_seed)
+        grad, info = comparisons.q_grad_one_point(f, Q, 2.0, seed=5, delta=delta, f_seed=f_seed)
         value = Spy()(Q + delta * u, used)
         torch.testing.assert_close(grad, (value - 2.0) * u / delta, rtol=1e-12, atol=0)
         assert info == {"calls": 1, "f": value.item(), "se": None} and f.seeds == [used]
     f = Spy()
-    estimators.q_grad_one_point(f, Q, 2.0, seed=5)
+    comparisons.q_grad_one_point(f, Q, 2.0, seed=5)
     torch.testing.assert_close(f.points[0], Q + 0.01 * u, rtol=0, atol=1e-14)
 
 

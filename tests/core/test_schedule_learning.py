@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel_core import distances, estimators, guidance, schedules
-from bilevel_core.lab import data, files, oracles, training
+from bilevel_core import estimators, guidance, schedules
+from bilevel_core.lab import data, distances, files, oracles, training
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 from bilevel_core.seeds import derive_seed

@@ -10,10 +10,11 @@ import math
 import pytest
 import torch
 
-from bilevel_core import distances, estimators, schedules
+from bilevel_core import estimators, schedules
 from bilevel_core.algorithms import ScoreTraining, TiltSamples, learn_lam, train_score
-from bilevel_core.guidance import CostMeter, LookAhead, path_kl
-from bilevel_core.lab import files, metrics
+from bilevel_core.guidance import CostMeter, LookAhead
+from bilevel_core.lab import distances, files, metrics
+from bilevel_core.lab.comparisons import path_kl
 from bilevel_core.lab.models import chains, graphs, networks, pipelines, rewards
 from bilevel_core.lab.studies import schedule_race, setting
 from bilevel_core.samplers import draw_x_T, sample_ancestral, sample_ddim, sample_particles, timesteps

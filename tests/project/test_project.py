@@ -151,8 +151,13 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [*CORE, ROOT / "bilevel_core" / "lab" / "oracles.py"], ids=lambda path: path.stem)
-def test_core_and_oracles_import_torch_and_the_standard_library_only(path):
+LIGHT = [
+    ROOT / "bilevel_core" / "lab" / f"{name}.py" for name in ("certificates", "comparisons", "distances", "oracles")
+]
+
+
+@pytest.mark.parametrize("path", [*CORE, *LIGHT], ids=lambda path: path.stem)
+def test_core_and_what_stands_beside_it_import_torch_and_the_standard_library_only(path):
     names = imported(path)
     roots = {name.partition(".")[0] for name in names}
     assert roots - sys.stdlib_module_names <= {"torch", "bilevel_core"}

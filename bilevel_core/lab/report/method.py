@@ -173,7 +173,7 @@ def learned_exactly(**options: Any) -> list[float]:
     "1-D mixture, exact expectations: the root of est1 at γ = 1, 10, 1,000 against λ*.",
 )
 def _released_gradient(_: Records) -> Finding:
-    from ...estimators import lam_grad_released_est1
+    from ..comparisons import lam_grad_released_est1
 
     problem, roots = _tilt(), []
     best = lam_root(problem.hypergrad)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import estimators, guidance, samplers, schedules
 from ...algorithms import TiltSamples
 from ...seeds import derive_seed
+from .. import comparisons
 from ..files import piece
 from ..models import clip, rewards
 from ..models.chains import Chain
@@ -61,9 +62,9 @@ def guidance_bias(
 
                 look = guidance.LookAhead(plain, reward, lam, abar, ts, record=record)
                 means.append(one.r_up(chain(look, seed)).mean().item())
-            kls = [guidance.path_kl(record, abar, ts) for record in records]
+            kls = [comparisons.path_kl(record, abar, ts) for record in records]
             rows["guided"].append(means[1])
-            rows["path"].append(estimators.lam_grad_path(*kls, gamma)[0].item())
+            rows["path"].append(comparisons.lam_grad_path(*kls, gamma)[0].item())
             look = guidance.LookAhead(plain, lambda x: x, lam, abar, ts)
             x_T, generator = start(derive_seed("particles", seed))
             x, log_w, info = samplers.sample_particles(look, x_T, abar, ts, eta=1.0, generator=generator)

@@ -80,7 +80,7 @@ def mixture_pooling(
                 return one.draw(lam, batch, derive_seed("round", seed, round))
 
             options |= {"draw": draw, "rounds": (budget - n) // batch, "bounds": (0.05, 100.0)}
-            *_, last = algorithms.learn_lam(given, start, **options)
+            *_, last, _ = algorithms.learn_lam(given, start, **options)  # the end of the path, not the top of the curve
             found.setdefault(name, []).append((last.lam, last.cost, None))
         alone = one.first(budget, derive_seed("mixture, p_0", repeat))
         for name, samples, cost in (("pooled curve", last.outer.p_star, last.cost), ("curve of p_0", alone, budget)):
@@ -131,11 +131,11 @@ def learn_on_images(
 
     def compute() -> dict:
         options = {"draw": draw, "min_ess": min_ess, "rounds": ROUNDS, "bounds": BOUNDS, "pool": pool}
-        steps = list(algorithms.learn_lam(samples, START, **options))
-        last = steps[-1]
+        *path, top = algorithms.learn_lam(samples, START, **options)
+        last = path[-1]
         read, interval = read_off(last.outer.p_star, last.lam)
         found = {"last": last.lam, "read": read, "interval": interval, "rounds": last.round, "cost": last.cost}
-        return found | {"said": last.done or "steps used up", "path": [[step.lam, step.round] for step in steps]}
+        return found | {"said": top.done or "steps used up", "path": [[step.lam, step.round] for step in path]}
 
     config = {"prompt": prompt, "low": low, "seed": seed, "pool": pool, "min_ess": min_ess, "n": len(samples.r_low)}
     config |= {"draws": DRAWS, "rounds": ROUNDS, "start": START, "mean": mean, "sd": sd}

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from ... import estimators
 from ...algorithms import TiltSamples, learn_lam
 from ...seeds import derive_seed
-from .. import files, metrics
+from .. import comparisons, files, metrics
 from ..files import kept, piece
 from ..models import chains, rewards
 from . import baselines, memory
 
-ESTIMATORS = {"penalty": estimators.lam_grad_penalty, "released": estimators.lam_grad_released_est1}
+ESTIMATORS = {"penalty": estimators.lam_grad_penalty, "released": comparisons.lam_grad_released_est1}
 METHODS = ("none", "Algorithm 2", "reweighted curve", "grid", "random", "Bayesian", "weighted sum")
 DRAWING = METHODS[3:]
 """The rivals that draw at every lambda they look at."""

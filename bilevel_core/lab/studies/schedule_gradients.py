@@ -35,7 +35,7 @@ from ...guidance import CostMeter
 from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import ScheduleLearning, learn_schedule
 from ...seeds import derive_seed
-from .. import files, metrics
+from .. import comparisons, files, metrics
 from ..models.fast import fast
 from .setting import IMAGES, Setting, train_denoiser
 
@@ -178,7 +178,7 @@ def partials(study: Study, denoiser: nn.Module) -> dict[str, tuple[Callable, int
         def run(z: Tensor, seed: int) -> tuple[Tensor, int]:
             meter = CostMeter(denoiser)
             f = study.objective(meter, n, grad_steps)
-            if estimate is estimators.q_grad_one_point:
+            if estimate is comparisons.q_grad_one_point:
                 with torch.no_grad():  # what a loop has from its last step, for nothing: f nearby with another x_T
                     options["previous"] = study.objective(denoiser, n)(z, derive_seed("previous", seed)).item()
             return estimate(f, z, seed=seed, **options)[0], meter.cost
@@ -188,7 +188,7 @@ def partials(study: Study, denoiser: nn.Module) -> dict[str, tuple[Callable, int
     zeroth = {"delta": lengths}
     found = {
         "released": (with_cost(estimators.q_grad_two_point, 36, common=False, **zeroth), many),
-        "one point": (with_cost(estimators.q_grad_one_point, **zeroth), many),
+        "one point": (with_cost(comparisons.q_grad_one_point, **zeroth), many),
         "two points, fresh noise": (with_cost(estimators.q_grad_two_point, common=False, **zeroth), many),
         "two points": (with_cost(estimators.q_grad_two_point, **zeroth), many),
         "coordinates": (with_cost(estimators.q_grad_coordinates, **zeroth), study.draws),

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ... import distances, schedules
+from ... import schedules
 from ...algorithms import ScoreTraining
 from ...samplers import timesteps
 from ...seeds import derive_seed
-from .. import places, results
+from .. import distances, places, results
 from ..files import piece
 from . import schedule_race
 from .schedule_race import FIXED, Race, search_seed

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ... import distances, schedules
+from ... import schedules
 from ...algorithms import ScoreTraining, train_score
 from ...guidance import CostMeter, LevelDenoiser
 from ...samplers import draw_x_T, sample_ddim, timesteps
 from ...seeds import derive_seed
-from .. import data, metrics
+from .. import data, distances, metrics
 from ..models import graphs, networks
 from ..models.fast import fast
 from ..training import checkpointed

@@ -13,7 +13,7 @@ import torch
 from explorer_page import assert_same, curve, document, settle, shown
 
 from bilevel_core import estimators, schedules
-from bilevel_core.lab import explorers, oracles
+from bilevel_core.lab import comparisons, explorers, oracles
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider, engine
 from bilevel_core.lab.explorers import gamma as gamma_side
 from bilevel_core.lab.explorers import lam as lam_side
@@ -273,7 +273,7 @@ def test_lam_explorer_shows_the_estimators_and_the_oracle(lam):
         assert abs(found["(A), batch"] - found["(A), exact"]) < 4 * found["its standard error"]
         lines = {line["label"]: line for line in result["grad"]}
         arguments = (problem.r_up, problem.r_low, lines["est1, exact"]["x"][20], gamma, problem.log_p0)
-        est1 = estimators.lam_grad_released_est1(*arguments)[0].item()
+        est1 = comparisons.lam_grad_released_est1(*arguments)[0].item()
         assert lines["est1, exact"]["y"][20] == pytest.approx(est1, rel=1e-6)
 
 

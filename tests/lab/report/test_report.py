@@ -14,7 +14,7 @@ import yaml
 from docutils.nodes import make_id
 
 from bilevel_core import estimators, guidance
-from bilevel_core.lab import files, oracles, report, results
+from bilevel_core.lab import comparisons, files, oracles, report, results
 from bilevel_core.lab.studies import schedule_gradients
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -234,7 +234,7 @@ EXACT = {
     "penalty-gradient": (oracles.Tilt, "hypergrad", lambda self, lam: PENALTY(self, lam, 10.0), PARTLY),
     "gamma-bias": (oracles.Tilt, "penalty_grad", lambda self, lam, gamma: PENALTY(self, lam, gamma**0.5), BAD),
     "algorithm-2": (oracles.Tilt, "hypergrad", lambda self, lam: PENALTY(self, lam, 10.0), PARTLY),
-    "released-gradient": (estimators, "lam_grad_released_est1", estimators.lam_grad_penalty, GOOD),
+    "released-gradient": (comparisons, "lam_grad_released_est1", estimators.lam_grad_penalty, GOOD),
 }
 PENALTY = oracles.Tilt.penalty_grad
 

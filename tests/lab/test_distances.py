@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bilevel_core import distances
-from bilevel_core.lab import metrics
+from bilevel_core.lab import distances, metrics
 
 
 def features(n, d, seed, shift=0.0, scale=1.0):
