@@ -256,6 +256,7 @@ def test_errors_count_groups():
     torch.testing.assert_close(curves[0].se, curves[1].se)
 
 
+@pytest.mark.filterwarnings("ignore:the particles descend from")
 def test_the_spread_of_families_is_the_error_of_particles():
     """Over independent runs: the estimate from the families of one against the spread of all."""
     T, n, lam = 20, 400, 0.4

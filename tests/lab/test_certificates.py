@@ -56,6 +56,37 @@ def test_rhat_of_chains_that_do_not_move():
     assert certificates.split_rhat(coins) > 1.015
 
 
+# ---------------------------------------------------------------- independent draws
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
+def test_draws_of_an_autoregression_are_counted_by_its_correlation(phi):
+    found = torch.tensor([certificates.effective_draws(autoregressive(phi, 8, 1500, seed)) for seed in range(12)])
+    assert found.mean().item() == pytest.approx(8 * 1500 * (1 - phi) / (1 + phi), rel=0.08)
+    assert found.std() < 0.15 * found.mean()
+
+
+def test_draws_are_the_square_of_spread_over_error():
+    """The means of independent runs vary as those of so many independent draws."""
+    runs = [autoregressive(0.8, 4, 300, seed) for seed in range(200)]
+    spread = torch.stack([run.mean() for run in runs]).var()
+    found = torch.tensor([certificates.effective_draws(run) for run in runs]).mean()
+    assert (1 / spread / found).item() == pytest.approx(1, abs=0.3)
+
+
+def test_draws_at_the_ends():
+    assert certificates.effective_draws(autoregressive(-0.5, 8, 500)) == 4000  # never more than there are
+    apart = normal(4, 500) + 10 * torch.arange(4)[:, None]
+    assert certificates.effective_draws(apart) < 8 < certificates.effective_draws(apart[:1])
+    assert certificates.effective_draws(torch.ones(4, 500)) == 1.0
+    for chains, n in ((1, 2), (1, 1), (3, 1), (2, 3)):
+        assert 1 <= certificates.effective_draws(normal(chains, n)) <= chains * n
+    shifted = 1e6 + 1e3 * autoregressive(0.5, 4, 500)
+    assert certificates.effective_draws(shifted) == pytest.approx(
+        certificates.effective_draws(autoregressive(0.5, 4, 500)), rel=1e-4
+    )
+
+
 # ---------------------------------------------------------------- certificates
 
 
