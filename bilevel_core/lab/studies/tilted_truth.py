@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...algorithms import TiltSamples
+from ...estimators import pool
 from ...seeds import derive_seed
 from ...tempering import NoiseMap, Tempered, kept, noise_map, sample_tempered, tilt_samples
 from .. import files
@@ -163,6 +164,8 @@ def run(
         if changed:
             raise ValueError(f"{path} was made with other {', '.join(changed)}: delete it or use another folder")
         done, before = _tempered(tensors, found), found["seconds"]
+        state = {name: value if name == "generator" else value.to(device) for name, value in done.state.items()}
+        done = replace(done, state=state)
     generator = torch.Generator(device).manual_seed(derive_seed("tempered", problem.prompt, start, seed))
     options = {"measure": problem.measure, "generator": generator, "chains": chains, "warmup": warmup}
     options |= {"micro_batch": 100}
@@ -217,28 +220,81 @@ class Truth:
         """What was noted of the rows of `pooled`, (n, len(MEASURED))."""
         return kept("measured", *self.runs).transpose(0, 1).flatten(0, 2)
 
-    def worth(self, lam: float) -> dict[str, float]:
+    @cached_property
+    def _log_z(self) -> tuple[Tensor, Tensor]:
+        """Each level's share in each row of `pooled`, (L, n), and by how much each chain moves log Z, (C, L)."""
+        parts, (S, _, C) = self.pooled.parts, kept("low", *self.runs).shape
+        sizes = torch.tensor([part.size for part in parts], dtype=torch.float64)
+        h = self.pooled.r_low / torch.tensor([part.at for part in parts], dtype=torch.float64)[:, None]
+        count = (sizes / (S * C)).repeat_interleave(S * C)
+        share = (h + (sizes.log() - pool(h, sizes, count)[1])[:, None]).softmax(0)
+        curve = torch.diag(share @ count) - (share * count) @ share.T
+        off = self._by_chain((share * count).T) - sizes / C
+        return share, off @ torch.linalg.pinv(curve, hermitian=True)
+
+    def _by_chain(self, rows: Tensor) -> Tensor:
+        """Sums (C, m) over the rows (n, m) of each chain."""
+        S, L, C = kept("low", *self.runs).shape
+        return rows.reshape(L, S, C, -1).sum((0, 1))
+
+    def look(self, lam: float, weight: float = 0.0) -> tuple[Tensor, Tensor, dict]:
+        """Means (m,) of MEASURED and r_low under p_0 exp((r_low + weight clip)/lam), how much each chain adds to their
+        error (C, m), and "kl" and "ess".
+
+        A chain's part in log Z is a part of it (the infinitesimal jackknife): without it errors are a third too small.
+        """
+        if lam < math.inf:
+            p, info = replace(self.pooled, r_low=self.pooled.r_low + weight * self.pooled.r_up).tilt(lam)
+        else:
+            p = self.pooled.log_w.softmax(0)
+            info = {"kl": 0.0, "ess": 1 / p.square().sum().item()}
+        values, (share, moved) = torch.cat([self.measured, self.pooled.r_low[:, None]], 1), self._log_z
+        mean = p @ values
+        off = p[:, None] * (values - mean)
+        return mean, self._by_chain(off) + moved @ (share @ off), {name: float(info[name]) for name in ("kl", "ess")}
+
+    def worth(self, lam: float, weight: float = 0.0) -> dict[str, float]:
         """Means under the tilt at lam: of MEASURED and "low", with standard errors "..._se"; "kl", "ess", "certified".
 
-        Errors are those of the chains of a run, each of which is a ladder of its own.
+        weight  of the CLIP score, added to r_low. Errors are those of the chains, each of which is a ladder of its own.
         """
-        p, info = self.pooled.tilt(lam) if lam < math.inf else (self.pooled.log_w.softmax(0), {"kl": 0.0, "ess": 0.0})
-        values = torch.cat([self.measured, self.pooled.r_low[:, None]], 1)
-        mean = p @ values
-        S, L, C = kept("low", *self.runs).shape
-        chain = torch.arange(C).expand(L, S, C).flatten()
-        own = torch.zeros(C, values.shape[1], dtype=torch.float64).index_add_(0, chain, p[:, None] * (values - mean))
-        se = (C / (C - 1) * own.square().sum(0)).sqrt()
+        mean, off, info = self.look(lam, weight)
         names = (*MEASURED, "low")
-        found = dict(zip(names, mean.tolist(), strict=True)) | {"kl": float(info["kl"]), "ess": float(info["ess"])}
-        found |= {f"{name}_se": value for name, value in zip(names, se.tolist(), strict=True)}
+        found = dict(zip(names, mean.tolist(), strict=True)) | info
+        found |= {f"{name}_se": value for name, value in zip(names, _error(off).tolist(), strict=True)}
+        return found | {"lam": lam, "certified": self.certifies(lam)}
+
+    def certifies(self, lam: float) -> bool:
         down_to = self.certificate.down_to
-        return found | {"lam": lam, "certified": down_to is not None and lam >= down_to}
+        return down_to is not None and lam >= down_to * (1 - 1e-9)
+
+    def gap(self, better: float, lam: float, weight: float = 0.0) -> tuple[float, float]:
+        """By how much the mean CLIP score at one strength exceeds that at another, with the error of the difference."""
+        (high, off_high, _), (low, off_low, _) = self.look(better), self.look(lam, weight)
+        return (high - low)[0].item(), _error(off_high - off_low)[0].item()
+
+    def split(self, folds: int, fold: int) -> tuple[Truth, Truth]:
+        """The chains of a fold, of all runs every so-and-so-many-th, and the rest.
+
+        Raises ValueError where a fold would have fewer than two chains.
+        """
+        counts = [one.config["chains"] for one in self.runs]
+        if not 2 <= folds <= sum(counts) // 2 or not 0 <= fold < folds:
+            raise ValueError(f"fold {fold} of {folds}: {sum(counts)} chains make 2 to {sum(counts) // 2} folds, from 0")
+        own, sides = (torch.arange(sum(counts)) % folds == fold).split(counts), []
+        for side in (own, [~chains for chains in own]):
+            runs = [_some_chains(one, chains) for one, chains in zip(self.runs, side, strict=True) if chains.any()]
+            sides.append(Truth(self.prompt, tuple(runs)))
+        return sides[0], sides[1]
 
     def curve(self, count: int = 81) -> list[dict[str, float]]:
-        """`worth` from the end of the ladder to 100, evenly in log lam, and at infinity, which is p_0."""
+        """`worth` of `strengths`."""
+        return [self.worth(lam) for lam in self.strengths(count)]
+
+    def strengths(self, count: int = 81) -> list[float]:
+        """From the end of the ladder to 100, evenly in log lam, and infinity, which is p_0."""
         low = math.log10(self.runs[0].config["lams"][-1])
-        return [self.worth(lam) for lam in (*torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf)]
+        return [*torch.logspace(low, 2, count, dtype=torch.float64).tolist(), math.inf]
 
     def best(self) -> dict[str, float]:
         """`worth` at the certified strength with the highest CLIP score. Raises ValueError where none is certified."""
@@ -246,6 +302,18 @@ class Truth:
         if not known:
             raise ValueError(f"{self.prompt!r} is {self.certificate}: more sweeps, or a ladder with closer levels")
         return max(known, key=lambda row: row["clip"])
+
+
+def _error(off: Tensor) -> Tensor:
+    """The standard error (m,) of means to whose error each chain adds off (C, m)."""
+    return (len(off) / (len(off) - 1) * off.square().sum(0)).sqrt()
+
+
+def _some_chains(one: Tempered, chains: Tensor) -> Tempered:
+    """A run with those of its chains alone for which `chains` (C,) is true, and their share of the cost."""
+    history = {name: x if x.dim() < 3 else x[:, :, chains] for name, x in one.history.items()}
+    count = int(chains.sum())
+    return Tempered(one.config | {"chains": count}, one.cost * count // len(chains), one.refused, history, {})
 
 
 def store(path: Path, truths: Mapping[str, Truth]) -> Path:
