@@ -30,9 +30,9 @@ from tqdm.auto import tqdm
 from ...algorithms import TiltSamples
 from ...estimators import pool
 from ...seeds import derive_seed
-from ...tempering import NoiseMap, Tempered, kept, noise_map, sample_tempered, tilt_samples
+from ...tempering import NoiseMap, Tempered, kept, noise_map, sample_tempered
 from .. import files
-from ..certificates import Certificate, certify
+from ..certificates import Certificate, certify, tilt_samples
 from ..models import captions, clip, networks, rewards
 from ..models.chains import Chain, slug
 
