@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel_core.lab import places, results
+from bilevel_core.lab import files, places, results
 from bilevel_core.lab.gpu import __main__ as command
 from bilevel_core.lab.gpu import merge, pieces, plan, wheels
-from bilevel_core.lab.studies import memory, schedule_race
+from bilevel_core.lab.studies import memory, schedule_race, tilted_truth
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = {"name": "A card", "driver": "580.1", "total": 16.0, "free": 10.0}
@@ -301,6 +301,29 @@ def test_a_few_minutes_are_enough_for_three_repetitions_of_the_race():
     assert not {p.name for p in first} & {p.name for p in more}
 
 
+def test_tilts_are_merged_when_every_prompt_is_there(tmp_path, monkeypatch, capsys):
+    """Of made-up pieces: what is in them goes through, and one prompt too few is named."""
+    work, rows = tmp_path / "work", []
+    named = {p.name: p for p in pieces.all_pieces() if p.name.startswith("tilts-")}
+    for (name, piece), prompt in zip(named.items(), tilted_truth.TEST, strict=True):
+        level = {"lam": None, "low": 0.0, "failed": []}
+        row = {"prompt": prompt, "down_to": 0.35, "levels": [level], "curve": [{"lam": 0.5, "clip": 60.0}]}
+        rows.append(row)
+        hardware = results.provenance()["hardware"] | {"gpu": "A card"}
+        ran = results.provenance() | {"hardware": hardware, "driver": "1", "date": "2026-01-01", "switches": {}}
+        found = {"config": plan.identity(piece, False), "provenance": ran, "wall_s": 60.0}
+        files.write_atomic(
+            plan.path_of(work, name), json.dumps(found | {"result": row | {"said": "", "cost": 5, "seed": 0}}).encode()
+        )
+    (path,) = merge.merge(work, directory=tmp_path)
+    record = results.read_result("05_tilts_full", tmp_path)
+    assert path.name == "05_tilts_full.json" and record["data"]["prompts"] == rows
+    assert record["provenance"]["cost"]["units"] == 40 and record["tier"] == "full"
+    plan.path_of(work, "tilts-a_thin_six").unlink()
+    assert merge.merge(work, directory=tmp_path) == []
+    assert "missing are a thin six" in capsys.readouterr().out
+
+
 def test_wheels_are_pinned_where_the_book_is():
     pins = dict(line.split("==") for line in wheels.pinned())
     assert set(pins) == set(wheels.NAMES) and {"diffusers", "optuna", "jsonschema"} <= set(pins)
@@ -532,6 +555,7 @@ def call(work, *options, data="/nonexistent"):
 def test_the_plan_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path):
     """Every kind of piece at smoke size, with SIGKILL to the run, its worker with it; a second call goes on."""
     names = ["checks", "sd15-sample", "sd15-512-float16", "sd15-particles", "throughput-compiled", "sd15-stages-0"]
+    names += ["tilts-a_bold_zero"]
     names += ["race28-random-0", "race28-linear-0-total", "race28-Algorithm_6-0-own"]
     work = tmp_path / "work"
     first = call(work, "--minutes", "5", "--only", *names)
@@ -551,6 +575,9 @@ def test_the_plan_killed_in_the_middle_ends_as_if_it_had_not_been(tmp_path):
     found = {name: json.loads(path.read_text())["result"] for name, path in after.items()}
     assert found["throughput-compiled"]["failed"] == {} and len(found["throughput-compiled"]["rows"]) == 3
     assert not list((work / "kept" / "race28").glob("final_*.safetensors"))
+    tilts = found["tilts-a_bold_zero"]
+    assert [row["lam"] for row in tilts["levels"]] == [None, *tilted_truth.LADDER[1:]]
+    assert tilts["down_to"] is None and len(tilts["curve"]) == 82 and not list((work / "kept" / "tilts").glob("*"))
     whole = schedule_race.Race(pieces.SMALL_RACE, tmp_path / "whole", force=True)
     for method in ("random", "linear"):
         name, total = f"race28-{method}-0", method == "linear"

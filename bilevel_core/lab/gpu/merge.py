@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parameters, results
-from ..studies import memory, schedule_race
+from ..studies import memory, schedule_race, tilted_truth
 from . import pieces, plan
 
 
@@ -46,7 +46,7 @@ def merge(
                 f"piece {name} in {work} is not of this plan's parameters: check out the commit that made it, "
                 f"{commit}, or merge others by --only"
             )
-    made = {"checks": _checks, "sd15": _memory, "throughput": _speed, "race28": _race}
+    made = {"checks": _checks, "sd15": _memory, "throughput": _speed, "tilts": _tilts, "race28": _race}
     for name in found:
         if name.split("-")[0] not in made:
             print(f"{name}: left aside, no result is made of it")
@@ -122,6 +122,28 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
         cost=cost,
         protocol=protocol,
         ran=ran(used),
+        directory=directory,
+    )
+
+
+def _tilts(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
+    """The exact tilts of every test prompt, each with its certificate."""
+    name, parts = "05_tilts_full", {key: part for key, part in found.items() if key.startswith("tilts-")}
+    rows = {part["result"]["prompt"]: part["result"] for part in parts.values()}
+    missing = [prompt for prompt in tilted_truth.TEST if prompt not in rows]
+    if missing:
+        return _say(name, f"missing are {', '.join(missing)}")
+    keys = ("prompt", "down_to", "levels", "curve")
+    return results.write_result(
+        name,
+        "full",
+        {"prompts": [{key: rows[prompt][key] for key in keys} for prompt in tilted_truth.TEST]},
+        {},
+        seeds=[0],
+        wall_s=sum(part["wall_s"] for part in parts.values()),
+        cost=sum(row["cost"] for row in rows.values()),
+        protocol=pieces.TRUTH | {"ladder": list(tilted_truth.LADDER[1:]), "saturation": tilted_truth.SATURATION},
+        ran=ran(list(parts.values())),
         directory=directory,
     )
 

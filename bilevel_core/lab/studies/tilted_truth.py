@@ -168,7 +168,7 @@ def run(
         done = replace(done, state=state)
     generator = torch.Generator(device).manual_seed(derive_seed("tempered", problem.prompt, start, seed))
     options = {"measure": problem.measure, "generator": generator, "chains": chains, "warmup": warmup}
-    options |= {"micro_batch": 100}
+    options |= {"micro_batch": 100 if torch.device(device).type == "cpu" else None}
     z, spent = None, 0
     if done is None and start == "beyond":
         with torch.no_grad():
