@@ -257,6 +257,19 @@ def algorithm_2(
     return Search("Algorithm 2", last.lam, last.up, last.up_se, trials, last.cost, said=last.done or "steps used up")
 
 
+def path(found: Search) -> list[list[float]]:
+    """[cost so far, lam, weight] after each trial, of what the search would return by then.
+
+    Algorithm 2 and adaptive control steer, and so return their last lambda, not the best one seen.
+    """
+    spent, best, rows = found.cost - sum(trial.cost for trial in found.trials), found.trials[0], []
+    for trial in found.trials:
+        spent += trial.cost
+        best = trial if found.name in ("Algorithm 2", "adaptive KL") or trial.mean > best.mean else best
+        rows.append([spent, best.lam, best.weight])
+    return rows
+
+
 class Summary(NamedTuple):
     """One method against the reference. Intervals are Student's t over seeds, each the mean over its prompts.
 

@@ -257,12 +257,7 @@ def compare(
     rows = []
     for method in methods:
         found = method()
-        spent, path, best_trial = found.cost - sum(trial.cost for trial in found.trials), [], found.trials[0]
-        steers = found.name in ("Algorithm 2", "adaptive KL")  # and so returns its last lambda, not the best one seen
-        for trial in found.trials:
-            spent += trial.cost
-            best_trial = trial if steers or trial.mean > best_trial.mean else best_trial
-            path.append([spent, _number(best_trial.lam), best_trial.weight])
+        path = [[spent, _number(lam), weight] for spent, lam, weight in baselines.path(found)]
         worth = rest.worth(found.lam, found.weight)
         rows.append(
             {"method": found.name, "lam": _number(found.lam), "weight": found.weight, "cost": found.cost}

@@ -187,6 +187,35 @@ def run(
     return done, before + time.perf_counter() - began
 
 
+def plain(
+    problem: Problem,
+    n: int,
+    *,
+    seed: int,
+    folder: Path | None,
+    batch: int = 500,
+    device: torch.device | str = "cpu",
+    bar: bool = False,
+) -> Tensor:
+    """r_low and MEASURED of n independent draws of p_0, (n, 1 + len(MEASURED)); kept in `folder`, a batch a file.
+
+    Larger n goes on from a smaller one. Raises ValueError where a file was made otherwise, naming what differs.
+    """
+    config = problem.about | {"plain_seed": seed, "batch": batch}
+
+    @torch.no_grad()
+    def compute(first: int) -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(derive_seed("plain", problem.prompt, seed, first))
+        images = problem.G.run(torch.randn(batch, *problem.G.shape, generator=generator, device=device))
+        return {"rows": torch.cat([problem.pull(images)[:, None], problem.measure(images)], 1).cpu()}
+
+    parts = []
+    for first in tqdm(range(0, n, batch), f"{problem.prompt}: draws of p_0", disable=not bar):
+        path = folder and folder / f"{slug(problem.prompt)}_plain_{seed}_{first}.safetensors"
+        parts.append(files.kept(path, config, lambda first=first: compute(first))["rows"])
+    return torch.cat(parts)[:n]
+
+
 def _tempered(tensors: Mapping[str, Tensor], about: Mapping) -> Tempered:
     """The run in a file of `run` or `store`."""
     parts = {
@@ -253,16 +282,19 @@ class Truth:
         off = p[:, None] * (values - mean)
         return mean, self._by_chain(off) + moved @ (share @ off), {name: float(info[name]) for name in ("kl", "ess")}
 
-    def worth(self, lam: float, weight: float = 0.0) -> dict[str, float]:
-        """Means under the tilt at lam: of MEASURED and "low", with standard errors "..._se"; "kl", "ess", "certified".
+    def means(self, lam: float, weight: float = 0.0) -> dict[str, float]:
+        """Of MEASURED and "low" under the tilt at lam, with standard errors "..._se"; "kl" and "ess".
 
         weight  of the CLIP score, added to r_low. Errors are those of the chains, each of which is a ladder of its own.
         """
         mean, off, info = self.look(lam, weight)
         names = (*MEASURED, "low")
         found = dict(zip(names, mean.tolist(), strict=True)) | info
-        found |= {f"{name}_se": value for name, value in zip(names, _error(off).tolist(), strict=True)}
-        return found | {"lam": lam, "certified": self.certifies(lam)}
+        return found | {f"{name}_se": value for name, value in zip(names, _error(off).tolist(), strict=True)}
+
+    def worth(self, lam: float) -> dict[str, float]:
+        """`means` at lam, with "lam" and whether it is "certified"."""
+        return self.means(lam) | {"lam": lam, "certified": self.certifies(lam)}
 
     def certifies(self, lam: float) -> bool:
         down_to = self.certificate.down_to
@@ -302,6 +334,11 @@ class Truth:
         if not known:
             raise ValueError(f"{self.prompt!r} is {self.certificate}: more sweeps, or a ladder with closer levels")
         return max(known, key=lambda row: row["clip"])
+
+
+def truth(problem: Problem, **options: object) -> Truth:
+    """Both runs of a prompt, made or gone on with, as its truth; options: of `run`, all but the start."""
+    return Truth(problem.prompt, tuple(run(problem, start, **options)[0] for start in STARTS))
 
 
 def _error(off: Tensor) -> Tensor:

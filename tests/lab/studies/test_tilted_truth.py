@@ -175,6 +175,27 @@ def test_a_start_from_beyond_is_paid_and_lies_beyond(problem, whole):
     assert far > start + 0.5
 
 
+def test_both_runs_are_the_truth(problem, whole):
+    runs, folder = whole
+    truth = tilted_truth.truth(problem, **SIZE, folder=folder)
+    assert truth.prompt == PROMPT and len(truth.runs) == 2
+    for one, other in zip(truth.runs, runs.values(), strict=True):
+        same(one, other)
+
+
+def test_draws_of_p_0_are_kept_and_go_on(problem, tmp_path):
+    few = tilted_truth.plain(problem, 10, seed=0, folder=tmp_path, batch=8)
+    assert few.shape == (10, 5) and len(list(tmp_path.iterdir())) == 2
+    more = tilted_truth.plain(problem, 20, seed=0, folder=tmp_path, batch=8)
+    assert torch.equal(more[:10], few) and len(list(tmp_path.iterdir())) == 3
+    assert torch.equal(tilted_truth.plain(problem, 10, seed=0, folder=None, batch=8), few)
+    assert not torch.equal(tilted_truth.plain(problem, 10, seed=1, folder=None, batch=8), few)
+    torch.testing.assert_close(more[:, 0], 5 * torch.tanh(more[:, 2] / 5))
+    assert more[:, 2].mean().abs() < 1 and len(more[:, 1].unique()) == 20
+    with pytest.raises(ValueError, match="was made with other plain_seed, batch|was made with other batch"):
+        tilted_truth.plain(problem, 10, seed=0, folder=tmp_path, batch=5)
+
+
 def test_what_is_stored_comes_back(whole, tmp_path):
     runs, _ = whole
     truth = Truth(PROMPT, tuple(runs.values()))
@@ -281,7 +302,7 @@ def test_a_weight_tilts_by_the_score_too(many):
     w, lam = 0.5, 1.0
     precision = 1 + w / lam
     mean = (1 + 1.25 * w) / lam / precision
-    found = torch.tensor([[t.worth(lam, w)[name] for name in ("pull", "clip")] for t in many])
+    found = torch.tensor([[t.means(lam, w)[name] for name in ("pull", "clip")] for t in many])
     wanted = torch.tensor([mean, 1.25 * mean - (mean**2 + 1 / precision) / 2])
     assert ((found.mean(0) - wanted).abs() < 4 * found.std(0) / len(many) ** 0.5 + 0.01).all()
 
