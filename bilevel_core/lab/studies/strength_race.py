@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from ...algorithms import TiltSamples
 from ...seeds import derive_seed
-from ...tempering import NoiseMap, effective_draws, kept, sample_tempered, tilt_samples
+from ...tempering import NoiseMap, kept, sample_tempered
 from .. import files
+from ..certificates import effective_draws, tilt_samples
 from ..models.chains import slug
 from . import baselines
 from .baselines import Evaluation, Search
