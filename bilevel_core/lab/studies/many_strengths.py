@@ -24,8 +24,9 @@ from ... import estimators
 from ...guidance import LookAhead
 from ...samplers import ddim_coefficients, sample_ddim
 from ...seeds import derive_seed
-from ...tempering import NoiseMap, effective_draws, sample_tempered
+from ...tempering import NoiseMap, sample_tempered
 from .. import files
+from ..certificates import effective_draws
 from . import baselines
 from .strength_race import Plan
 from .strengths import Strengths
