@@ -15,19 +15,21 @@ class Strengths:
     """Learning strengths beta (m,) of lower rewards, of either sign, as Algorithm 1 sees it, on samples of p_0.
 
     f(beta, p) = -E_p r_up + kappa KL(p || p_0),   g(beta, p) = -sum_j beta_j E_p r_j + KL(p || p_0)
-    r_up (n,), r_low (m, n);  kappa >= 0: the price of a nat.  A law p is a vector of log-probabilities (n,). Where all
-    beta_j are positive, lam_j = 1/beta_j are entropy strengths.
+    r_up (n,), r_low (m, n);  kappa >= 0: the price of a nat;  log_w (n,): of samples that stand for p_0 by weights, as
+    those of `estimators.pool`. A law p is a vector of log-probabilities (n,). Where all beta_j are positive,
+    lam_j = 1/beta_j are entropy strengths.
     """
 
-    def __init__(self, r_up: Tensor, r_low: Tensor, kappa: float = 0.0):
+    def __init__(self, r_up: Tensor, r_low: Tensor, kappa: float = 0.0, log_w: Tensor | None = None):
         if r_low.dim() != 2 or r_low.shape[1:] != r_up.shape or not kappa >= 0:
             raise ValueError(
                 f"r_up (n,), r_low (m, n), kappa >= 0 are {tuple(r_up.shape)}, {tuple(r_low.shape)}, {kappa}"
             )
         self.r_up, self.r_low, self.kappa = r_up.double(), r_low.double(), kappa
+        self.log_w = (torch.zeros_like(self.r_up) if log_w is None else log_w.double()).log_softmax(0)
 
     def kl(self, p: Tensor) -> Tensor:
-        return (p.exp() * (p + math.log(len(p)))).sum()
+        return (p.exp() * (p - self.log_w)).sum()
 
     def f(self, beta: Tensor, p: Tensor) -> Tensor:
         return -p.exp() @ self.r_up + self.kappa * self.kl(p)
@@ -36,11 +38,12 @@ class Strengths:
         return -beta @ (self.r_low @ p.exp()) + self.kl(p)
 
     def solve_star(self, beta: Tensor, warm: Tensor | None = None) -> Tensor:
-        return (beta @ self.r_low).log_softmax(0)
+        return (self.log_w + beta @ self.r_low).log_softmax(0)
 
     def solve_gamma(self, beta: Tensor, gamma: float, warm: Tensor | None = None) -> Tensor:
         """argmin f/gamma + g: again a tilt, by (sum beta_j r_j + r_up/gamma)/(1 + kappa/gamma)."""
-        return ((beta @ self.r_low + self.r_up / gamma) / (1 + self.kappa / gamma)).log_softmax(0)
+        h = (beta @ self.r_low + self.r_up / gamma) / (1 + self.kappa / gamma)
+        return (self.log_w + h).log_softmax(0)
 
     def hypergrad(self, beta: Tensor) -> Tensor:
         """-Cov_{p_star}(r_up - kappa h, r_j), (m,), with h = sum_j beta_j r_j: the limit of the penalty gradient."""
