@@ -6,6 +6,7 @@ import re
 import numpy
 import pytest
 import torch
+from smooth import bumpy, crooked, some_x
 
 from bilevel_core import guidance, samplers, schedules
 from bilevel_core.lab import comparisons, oracles
@@ -13,20 +14,6 @@ from bilevel_core.lab import comparisons, oracles
 T = 50
 ABAR = schedules.abar(torch.tensor(schedules.DEFAULT_Q["cosine"]), T)
 TS = samplers.timesteps(T, T)
-
-
-def crooked(x, t):
-    """Any smooth denoiser."""
-    return torch.tanh(x + 0.01 * t) * 0.7 + 0.1 * x.flip(1)
-
-
-def bumpy(x):
-    """Any smooth reward, (B,)."""
-    return torch.sin(2 * x).sum(1) - x[:, 0] * x[:, 1] ** 2
-
-
-def some_x(n=7, seed=0):
-    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---------------------------------------------------------------- the released variant

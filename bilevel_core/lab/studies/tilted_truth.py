@@ -5,9 +5,9 @@ adjective. Upper reward: the CLIP score of image and whole prompt. Lower reward:
 or thinner, or the digit leans further, than p_0's, in its standard deviations there, saturating smoothly at SATURATION
 of them. Bounded, so that every tilt exists: boldness itself has a nearly exponential tail, and below a strength where
 1/lambda exceeds its rate the tilt runs away to blots, in a transition that neither samples of p_0 nor particles see.
-SATURATION and LADDER were settled on VALIDATION, which holds all prompts that were looked at before: of "a bold five"
-the CLIP score is then 44 under p_0, 65 near lambda = 0.3 and 55 to 60 at 0.05, where every fifth image is no five any
-more. TEST prompts were drawn once.
+SATURATION and LADDER were settled on VALIDATION, which holds all prompts that were looked at before, by short runs: the
+CLIP score of "a bold five" is then 44 under p_0, 65 near lambda = 0.3 and 55 to 60 at 0.05, where about every fifth
+image is no five any more (from both starts, but certified down to 1 alone). TEST prompts were drawn once.
 
 A prompt has two runs of `tempering.sample_tempered` in the noise of the model's own chain, one that starts from p_0
 and one that starts from beyond the tilt, and `tempering.certify` says what they prove together.
