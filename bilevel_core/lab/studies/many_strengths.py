@@ -5,6 +5,9 @@ estimated by drawing, and drawing is paid. Two problems. `Rewards`: a strength f
 p_0 exp(sum_j x_j r_j), drawn exactly. `Steps`: a strength for each step of a guided sampler, whose own law counts. A
 search pays for every value that it asks for; what goes by gradients pays for them (`climb`). All stop at one budget,
 and what they return is marked by draws of no method (`contest`).
+
+The protocol of `record`: SIZES, the box [-3, 3]^m of the searches and the price kappa were settled on the validation
+digit of DIGITS, where gradients were looked at for every m and two searches at m = 9; the test digit is drawn once.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
 
 from ... import estimators
 from ...guidance import LookAhead
-from ...samplers import ddim_coefficients, sample_ddim
+from ...samplers import ddim_coefficients, sample_ddim, timesteps
 from ...seeds import derive_seed
-from ...tempering import NoiseMap, sample_tempered
+from ...tempering import NoiseMap, noise_map, sample_tempered
 from .. import files
 from ..certificates import effective_draws
+from ..models import networks
 from . import baselines
 from .strength_race import Plan
 from .strengths import Strengths
@@ -418,3 +423,95 @@ def summaries(rows: Sequence[dict], reference: str = "gradient") -> list[dict]:
             row = {"name": name, "m": m, "method": each.method, "J": J, "gain": gain, "verdict": each.verdict}
             found.append(row | {"cost": sum(cost) / len(cost)})
     return found
+
+
+# ---------------------------------------------------------------- both problems on 8x8 digits
+
+DIGITS = {"validation": 5, "test": 3}  # what the upper reward asks for
+SIZES = {
+    "rewards": {"kappa": 0.2, "steps": 10, "forwards": 1000, "budget": 40_000, "mark": 15_000},
+    "steps": {"kappa": 0.2, "steps": 32, "n": 16, "budget": 40_000, "mark": 256},
+}
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """log of the probability that images show a digit, by a frozen classifier, in its standard deviations under p_0."""
+
+    classifier: Callable[[Tensor], Tensor]
+    digit: int
+    mean: float = 0.0
+    sd: float = 1.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        found = self.classifier(images.clamp(-1, 1)).log_softmax(1)[:, self.digit]
+        return (found - self.mean) / self.sd
+
+
+@dataclass(frozen=True)
+class Features:
+    """The first m of the classifier's features of images (B, m), standardised: mean, sd (m,) are those under p_0."""
+
+    classifier: networks.Classifier8
+    m: int
+    mean: Tensor | float = 0.0
+    sd: Tensor | float = 1.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if not 1 <= self.m <= self.classifier.num_features:
+            raise ValueError(
+                f"m = {self.m} is not among 1 to {self.classifier.num_features}, the classifier's features"
+            )
+        return (self.classifier.features(images.clamp(-1, 1))[:, : self.m] - self.mean) / self.sd
+
+
+def digits8(kind: str, m: int, digit: int, *, draws: int = 2000, **sizes: float) -> tuple[Problem, Callable, dict]:
+    """`Rewards` or `Steps` ("rewards", "steps") with m strengths: the upper reward is likeness to a digit.
+
+    The sampler is that of chapter 7's recorded network for 8x8 digits, which hears no prompt. "rewards" tilts it by the
+    first m features of the classifier; "steps" guides it by likeness itself, m strengths for its steps.
+    sizes  as in SIZES;  draws: samples of p_0 that standardise
+    Returns the problem, `mark` for `contest` and what decides both. Raises ValueError for another kind.
+    """
+    from .. import results
+    from ..models.fast import fast
+    from . import schedule_race
+
+    if kind not in SIZES:
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(SIZES)}")
+    sizes = SIZES[kind] | sizes
+    _, network, abar, _ = schedule_race.restore(results.find("07_noise_schedule.safetensors"))
+    network.requires_grad_(False)
+    side, ts = network.side, timesteps(len(abar) - 1, int(sizes["steps"]))
+    quick = fast(network, torch.zeros(2, 1, side, side))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that abar_T is not 0: what this sampler draws from N(0, I) is p_0
+        G = noise_map(quick, abar, ts, (1, side, side), eta=1.0)
+        generator = torch.Generator().manual_seed(derive_seed("many strengths", "scale"))
+        images = G.run(torch.randn(draws, *G.shape, generator=generator))
+        classifier = networks.load_classifier("mnist8")
+        up, low = Likeness(classifier, digit)(images).double(), Features(classifier, m)(images)
+    likeness = Likeness(classifier, digit, up.mean().item(), up.std().item())
+    features = Features(classifier, m, low.mean(0), low.std(0))
+    about = {"kind": kind, "m": m, "digit": digit, "draws": draws, "classifier": "mnist8"} | sizes
+    if kind == "rewards":
+        own = (G, likeness, features, m, sizes["kappa"])
+        problem, marks = (Rewards(*own, forwards=int(sizes[key])) for key in ("forwards", "mark"))
+    else:
+        own = (network, abar, ts, (1, side, side), likeness, likeness, m, sizes["kappa"])
+        problem, marks = (Steps(*own, n=int(sizes[key])) for key in ("n", "mark"))
+    return problem, lambda x: marks.value(x, derive_seed("many strengths", "mark")), about
+
+
+def record(
+    digit: int, *, folder: Path, counts: Sequence[int] = COUNTS, runs: int = RUNS, bar: bool = False, **sizes: float
+) -> list[dict]:
+    """`contest` on both problems of `digits8` for every number of strengths; in pieces, in `folder`."""
+    rows, jobs = [], [(kind, m) for kind in SIZES for m in counts]
+    for kind, m in tqdm(jobs, "many strengths", disable=not bar):
+        problem, mark, about = digits8(kind, m, digit, **sizes)
+        about = {name: value for name, value in about.items() if name not in ("m", "budget")}
+        rows += contest(
+            problem, mark, int((SIZES[kind] | sizes)["budget"]), name=kind, config=about, folder=folder, runs=runs
+        )
+    return rows

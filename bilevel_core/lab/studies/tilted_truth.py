@@ -49,6 +49,7 @@ SATURATION = 5.0  # standard deviations of p_0
 BEYOND = 0.02  # the strength at which the other run starts
 STARTS = ("p_0", "beyond")
 MEASURED = ("clip", "pull", "digit", "caption")  # what a run notes of every image; `pull` does not saturate
+COUNTED = ("digit", "caption")  # of these, those that are 0 or 1
 SCALE_DRAWS = 2000  # samples of p_0 that standardise the lower reward
 
 
@@ -353,25 +354,55 @@ def _some_chains(one: Tempered, chains: Tensor) -> Tempered:
     return Tempered(one.config | {"chains": count}, one.cost * count // len(chains), one.refused, history, {})
 
 
-def store(path: Path, truths: Mapping[str, Truth]) -> Path:
-    """Keeps the sweeps after the warm-up of every run, in one file for `restore`."""
+@torch.no_grad()
+def pictures(problem: Problem, truth: Truth, n: int = 10) -> dict[float, Tensor]:
+    """Images of the tilt at each level, (n, 1, 28, 28) uint8: where chains of both runs ended, in turn.
+
+    Raises ValueError for runs that were restored without their state, and for more images than chains.
+    """
+    states = [one.state.get("z") for one in truth.runs]
+    if any(z is None for z in states) or sum(z.shape[1] for z in states) < n:
+        chains = sum(0 if z is None else z.shape[1] for z in states)
+        raise ValueError(f"{n} images of {problem.prompt!r} want as many chains with their state; there are {chains}")
+    found = {}
+    for i, lam in enumerate(truth.runs[0].config["lams"]):
+        turns = [z[i, k] for k in range(n) for z in states if k < z.shape[1]]
+        images = problem.G.run(torch.stack(turns[:n]))
+        found[lam] = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return found
+
+
+def store(path: Path, truths: Mapping[str, Truth], shown: Mapping[str, Mapping[float, Tensor]] | None = None) -> Path:
+    """Keeps the sweeps after the warm-up of every run, and images of levels, in one file for `restore`."""
     tensors, about = {}, {}
     for prompt, truth in truths.items():
         for i, one in enumerate(truth.runs):
-            first = one.config["warmup"]
-            for name, value in one.history.items():
-                tensors[f"{prompt}|{i}|{name}"] = value[first:].float()
+            history = {name: value[one.config["warmup"] :] for name, value in one.history.items()}
+            measured = history.pop("measured").unbind(-1)
+            history |= {f"measured.{name}": value for name, value in zip(MEASURED, measured, strict=True)}
+            for name, value in history.items():
+                whole = torch.int32 if name == "replica" else torch.uint8 if name[9:] in COUNTED else torch.float32
+                tensors[f"{prompt}|{i}|{name}"] = value.to(whole)
             about[f"{prompt}|{i}"] = {"run": one.config | {"warmup": 0}, "cost": one.cost, "refused": one.refused}
+        for lam, images in (shown or {}).get(prompt, {}).items():
+            tensors[f"{prompt}|images|{lam:g}"] = images
     return files.save_state(path, tensors, {"runs": about, "measured": MEASURED})
 
 
-def restore(path: Path) -> dict[str, Truth]:
-    """What `store` kept. Raises as `files.load_state` does, and ValueError where other things were measured."""
+def restore(path: Path) -> tuple[dict[str, Truth], dict[tuple[str, float], Tensor]]:
+    """What `store` kept: the truth of each prompt, and images (n, 1, 28, 28) uint8 by (prompt, lam).
+
+    Raises as `files.load_state` does, and ValueError where other things were measured.
+    """
     tensors, about = files.load_state(path)
     if tuple(about["measured"]) != MEASURED:
         raise ValueError(f"{path.name} measured {about['measured']}, not {MEASURED}: record it anew")
     runs: dict[str, list[Tempered]] = {}
     for key, one in about["runs"].items():
-        history = {f"history.{n.rpartition('|')[2]}": v for n, v in tensors.items() if n.startswith(f"{key}|")}
+        own = {name[len(key) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{key}|")}
+        own["measured"] = torch.stack([own.pop(f"measured.{name}").double() for name in MEASURED], -1)
+        history = {f"history.{name}": value for name, value in own.items()}
         runs.setdefault(key.partition("|")[0], []).append(_tempered(history, one))
-    return {prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}
+    kinds = [(name.split("|"), value) for name, value in tensors.items()]
+    shown = {(key[0], float(key[2])): value for key, value in kinds if key[1] == "images"}
+    return {prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}, shown

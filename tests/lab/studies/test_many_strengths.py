@@ -305,3 +305,31 @@ def test_all_methods_meet_on_several_rewards(tmp_path):
     best = exact(TARGET / (1 + KAPPA))
     assert best - J["gradient"] < 0.15 and all(best >= value - 1e-9 for value in J.values())
     assert J["gradient"] > J["random"]
+
+
+# ---------------------------------------------------------------- both problems on 8x8 digits
+
+
+def test_upper_and_lower_rewards_of_digits_are_standardised():
+    problem, mark, about = many_strengths.digits8("rewards", 3, 5, draws=200, forwards=400, mark=2000)
+    (drawn,) = problem.draw(torch.zeros(3, dtype=torch.float64), 8000, 0)
+    assert abs(drawn.r_up.mean()) < 0.3 and abs(drawn.r_up.std() - 1) < 0.3
+    assert (drawn.r_low.mean(1).abs() < 0.4).all() and ((drawn.r_low.std(1) - 1).abs() < 0.4).all()
+    assert about["digit"] == 5 and about["kappa"] == problem.kappa and problem.each == 400
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert mark(zero) == mark(zero) and abs(mark(zero)) < 0.4
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    classifier = networks.load_classifier("mnist8")
+    likely = many_strengths.Likeness(classifier, 5, -1.0, 2.0)(images)
+    torch.testing.assert_close(likely, (classifier(images).softmax(1)[:, 5].log() + 1) / 2)
+    torch.testing.assert_close(many_strengths.Features(classifier, 3)(images), classifier.features(images)[:, :3])
+    with pytest.raises(ValueError, match="m = 33 is not among 1 to 32"):
+        many_strengths.Features(classifier, 33)(images)
+    with pytest.raises(ValueError, match="kind 'both' is not one of rewards, steps"):
+        many_strengths.digits8("both", 3, 5)
+
+
+def test_a_strength_for_each_step_guides_towards_the_digit():
+    problem, mark, _ = many_strengths.digits8("steps", 3, 5, draws=100, steps=6, n=8, mark=64, kappa=0.0)
+    zero, pull = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.5], dtype=torch.float64)
+    assert mark(pull) > mark(zero) + 0.3 and problem.each == 8 * (2 * 5 + 1)

@@ -199,8 +199,12 @@ def test_draws_of_p_0_are_kept_and_go_on(problem, tmp_path):
 def test_what_is_stored_comes_back(whole, tmp_path):
     runs, _ = whole
     truth = Truth(PROMPT, tuple(runs.values()))
-    path = tilted_truth.store(tmp_path / "truth.safetensors", {PROMPT: truth, "a thin two": truth})
-    back = tilted_truth.restore(path)
+    images = {lam: torch.full((2, 1, 28, 28), i, dtype=torch.uint8) for i, lam in enumerate(LAMS)}
+    path = tilted_truth.store(tmp_path / "truth.safetensors", {PROMPT: truth, "a thin two": truth}, {PROMPT: images})
+    back, shown = tilted_truth.restore(path)
+    assert {key: int(value.unique()) for key, value in shown.items()} == {
+        (PROMPT, lam): i for i, lam in enumerate(LAMS)
+    }
     assert list(back) == [PROMPT, "a thin two"] and back["a thin two"].prompt == "a thin two"
     for one, other in zip(back[PROMPT].runs, truth.runs, strict=True):
         assert (one.cost, one.refused) == (other.cost, other.refused)
