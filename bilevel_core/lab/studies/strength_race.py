@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +36,7 @@ from .tilted_truth import LADDER, Problem, Truth
 
 BUDGETS = (20_000, 40_000, 80_000, 160_000)  # image forwards
 FOLDS = 5
-OURS = "one exchange run"
+OURS, KL, ALIGNED = "one exchange run", "adaptive KL", "one aligned law"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Plan:
     chains   at most, of a run;  warmup: sweeps at least, of a run, and `share` of all its sweeps at least
     trial    forwards of a search's trial at least, with `trials` at least and at most;  start: of what steers
     rounds   of Algorithm 2, each as dear as its draws of p_0
-    target   KL that adaptive control steers to;  weights: of the upper reward, in its standard deviations under p_0
-    aligned  lambda of the one aligned law from which a strength is chosen when sampling
+    targets  KL that adaptive control steers to, a method each;  aligned: lambdas of the aligned law from which a
+             strength is chosen when sampling, a method each
+    weights  of the upper reward, in its standard deviations under p_0
     """
 
     ladder: tuple[float, ...] = LADDER
@@ -61,9 +63,9 @@ class Plan:
     trials: tuple[int, int] = (5, 20)
     start: float = 1.0
     rounds: int = 3
-    target: float = 0.5
+    targets: tuple[float, ...] = (0.5, 1.5, 3.0)
     weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
-    aligned: float = 0.22
+    aligned: tuple[float, ...] = (0.35, 0.22, 0.14)
 
     def levels(self, lam: float) -> list[float]:
         """The ladder of a run down to lam."""
@@ -89,6 +91,10 @@ class Plan:
     def count(self, budget: int) -> int:
         """How many trials a search makes."""
         return min(max(budget // self.trial, self.trials[0]), self.trials[1])
+
+
+class ShortRecord(ValueError):
+    """A method asks for more than was recorded."""
 
 
 class Sampler(Protocol):
@@ -196,7 +202,7 @@ class Recorded:
     own    the fold, as `Truth.split` makes it;  each: the price of a draw
     plain  draws of p_0 (n, 2 or more), r_low and r_up first;  None: those of the ladder's first level serve
     Lost sweeps of a warm-up are paid, and as nothing is learned from them not taken out of the record. Raises
-    ValueError, with what is left, where the record is too short for what a method asks for.
+    ShortRecord, with what is left, where the record is too short for what a method asks for.
     """
 
     def __init__(self, own: Truth, each: int, plan: Plan, plain: Tensor | None = None):
@@ -218,7 +224,7 @@ class Recorded:
         else:
             rows = self.draws[self.drawn : self.drawn + n].double()
             if len(rows) < n:
-                raise ValueError(
+                raise ShortRecord(
                     f"the record holds {len(self.draws) - self.drawn} more draws of p_0, and {n} were asked for: "
                     "record more, or lower the budget"
                 )
@@ -275,7 +281,7 @@ class Recorded:
         cut, places = self._cut(wanted, chains, sweeps), []
         if cut is None:
             left = (len(self.low) - self.used[wanted]).sum(1).min()
-            raise ValueError(
+            raise ShortRecord(
                 f"the record is too short: {chains} segments of {sweeps} sweeps were asked for of the levels "
                 f"{', '.join(f'{self.lams[i]:g}' for i in wanted)}, and {left} sweeps of one are left in all: record "
                 "more sweeps or chains, lower the budget, or draw for real"
@@ -413,8 +419,8 @@ def weighted_sum(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice
     return _of(replace(found, cost=found.cost + first.cost))
 
 
-def adaptive_kl(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice:
-    """Control of the divergence from p_0, by pooling of each run, to `target`; r_up is never looked at.
+def adaptive_kl(sampler: Sampler, budget: int, seed: int, plan: Plan, target: int = 0) -> Choice:
+    """Control of the divergence from p_0, by pooling of each run, to one of `targets`; r_up is never looked at.
 
     It ends after `Plan.count` runs, at the geometric mean of the second half of its lambdas.
     """
@@ -425,8 +431,9 @@ def adaptive_kl(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice:
         pooled = TiltSamples.pooled(*sets)
         return Evaluation(_pooled_mean(pooled, lam), 0.0, pooled.cost, pooled.tilt(lam)[1]["kl"])
 
-    options = {"target": plan.target, "lam": plan.start, "trials": trials, "bounds": plan.bounds}
-    return _of(baselines.adaptive_kl(evaluate, budget // trials, seed, **options))
+    options = {"target": plan.targets[target], "lam": plan.start, "trials": trials, "bounds": plan.bounds}
+    found = baselines.adaptive_kl(evaluate, budget // trials, seed, **options)
+    return _of(found, f"{KL}, {plan.targets[target]:g} nats")
 
 
 def plain_curve(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice:
@@ -434,16 +441,16 @@ def plain_curve(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice:
     return _of(baselines.reweighted_curve(sampler.plain(budget), plan.bounds), "curve of p_0")
 
 
-def aligned(sampler: Sampler, budget: int, seed: int, plan: Plan) -> Choice:
+def aligned(sampler: Sampler, budget: int, seed: int, plan: Plan, which: int = 0) -> Choice:
     """A strength chosen when sampling, from one aligned law: the geometric mixtures p_0^(1-a) p_aligned^a of two laws.
 
     The idea of DeRaDiff (arXiv 2601.20198). Where the aligned law is the tilt at lambda_0 the mixture is, exactly, the
-    tilt at lambda_0/a, for a in (0, 1]: one run down to lambda_0 = `Plan.aligned`, of which the first and the last
+    tilt at lambda_0/a, for a in (0, 1]: one run down to a lambda_0 of `Plan.aligned`, of which the first and the last
     level count, and the top of their pooled curve above lambda_0.
     """
-    sets = sampler.ladder(plan.aligned, budget)
-    kept = (sets[0], sets[-1])
-    found = _read_off("one aligned law", kept, (plan.aligned, plan.bounds[1]))
+    end = plan.aligned[which]
+    sets = sampler.ladder(end, budget)
+    found = _read_off(f"{ALIGNED}, {end:g}", (sets[0], sets[-1]), (end, plan.bounds[1]))
     cost = sum(each.cost for each in sets)
     return replace(found, cost=cost, path=[[cost, found.lam, 0.0]])
 
@@ -457,10 +464,15 @@ METHODS: dict[str, Callable[[Sampler, int, int, Plan], Choice]] = {
     "Bayesian": bayesian,
     "Bayesian, all draws": bayesian_pooled,
     "weighted sum": weighted_sum,
-    "adaptive KL": adaptive_kl,
     "curve of p_0": plain_curve,
-    "one aligned law": aligned,
 }
+
+
+def contestants(plan: Plan) -> dict[str, Callable[[Sampler, int, int, Plan], Choice]]:
+    """METHODS, and the two that have a constant to choose, once for each value of it in the plan."""
+    steered = {f"{KL}, {at:g} nats": partial(adaptive_kl, target=i) for i, at in enumerate(plan.targets)}
+    mixed = {f"{ALIGNED}, {at:g}": partial(aligned, which=i) for i, at in enumerate(plan.aligned)}
+    return METHODS | steered | mixed
 
 
 @dataclass(frozen=True)
@@ -512,7 +524,7 @@ def race(
     folder: Path,
     plan: Plan | None = None,
     budgets: Sequence[int] = BUDGETS,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = (),
     folds: int = FOLDS,
     plain: Tensor | None = None,
     problem: Problem | None = None,
@@ -521,16 +533,18 @@ def race(
 ) -> list[dict]:
     """Every method at every budget on each fold of a prompt's chains, marked by the others: a row each.
 
-    each     the price of a draw in image forwards
+    each     the price of a draw in image forwards;  methods: names of `contestants`; none: all
     plain    draws of p_0, (n, 2 or more), r_low and r_up first, shared out over folds, as `tilted_truth.plain` makes
     problem  draw for real with it instead of from the record, on `device`
     A piece for each fold and budget, in `folder`: a killed race goes on there. Rows: "prompt", "repetition", "budget",
-    what the method chose as in `Choice`, and what `mark` says.
+    what the method chose as in `Choice`, and what `mark` says; or "short", why the record did not suffice.
     """
     plan, rows = plan or Plan(), []
+    known = contestants(plan)
+    names = [*(methods or known)]
     record = [[run.config["chains"], len(run.history["low"]), run.cost] for run in truth.runs]
     config = {"prompt": truth.prompt, "each": each, "seed": seed, "plan": _plain(asdict(plan)), "folds": folds}
-    config |= {"methods": [*methods], "record": record, "plain": 0 if plain is None else len(plain)}
+    config |= {"methods": names, "record": record, "plain": 0 if plain is None else len(plain)}
     config |= {"drawn": problem.about if problem else None}
     jobs = [(fold, budget) for fold in range(folds) for budget in budgets]
     for fold, budget in tqdm(jobs, f"{truth.prompt}: race", disable=not bar):
@@ -542,8 +556,14 @@ def race(
                 return Exact(problem.G, problem.pull, problem.measure, own, plan, device=device)
             return Recorded(truth.split(folds, fold)[0], each, plan, None if plain is None else plain[fold::folds])
 
+        def attempt(name: str, sampler: Sampler, budget: int, one: int) -> dict:
+            try:
+                return _row(known[name](sampler, budget, one, plan))
+            except ShortRecord as error:
+                return {"method": name, "short": str(error)}
+
         def compute(budget: int = budget, one: int = one, sampler: Callable = sampler) -> dict:
-            return {"rows": [_row(METHODS[name](sampler(name), budget, one, plan)) for name in methods]}
+            return {"rows": [attempt(name, sampler(name), budget, one) for name in names]}
 
         path = folder / f"race_{slug(truth.prompt)}_{'drawn' if problem else 'recorded'}_{fold}_{budget}.json"
         found = files.piece(path, config | {"fold": fold, "budget": budget}, compute)["rows"]
@@ -579,6 +599,9 @@ def mark(truth: Truth, rows: Sequence[dict], folds: int) -> list[dict]:
         raise ValueError(f"{truth.prompt!r} is {truth.certificate}, so that no regret can be told")
     down_to, rests, marked = truth.certificate.down_to, {}, []
     for row in rows:
+        if "short" in row:
+            marked.append(row)
+            continue
         if row["repetition"] not in rests:
             rest = truth.split(folds, row["repetition"])[1]
             rests[row["repetition"]] = rest, max(known, key=lambda lam: rest.look(lam)[0][0])
@@ -599,10 +622,12 @@ def summaries(rows: Sequence[dict], reference: str = OURS) -> list[dict]:
                             minus that of the reference, paired by prompt and repetition, with its "verdict"
     "by prompt"             the same difference, its interval over prompts, each the mean over repetitions; None for one
     "worst", "cost", "below", "clip", "caption", "digit"   the largest regret, and means over all rows
+    A method for which the record was too short anywhere has no row at that budget.
     """
     found = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
-        own = [row for row in rows if row["budget"] == budget]
+        short = {row["method"] for row in rows if row["budget"] == budget and "short" in row}
+        own = [row for row in rows if row["budget"] == budget and row["method"] not in short]
         prompts = len({row["prompt"] for row in own})
         tables = []
         for seed, prompt in (("repetition", "prompt"), ("prompt", "repetition")):
@@ -629,7 +654,8 @@ def emulation(drawn: Sequence[dict], recorded: Sequence[dict]) -> list[dict]:
     """
     sides = []
     for name, rows in (("drawn", drawn), ("recorded", recorded)):
-        keys = {(r["method"], r["budget"], r["repetition"], r["prompt"]): r["regret"] for r in rows}
+        whole = [row for row in rows if "short" not in row]
+        keys = {(r["method"], r["budget"], r["repetition"], r["prompt"]): r["regret"] for r in whole}
         sides.append((name, keys))
     both, found = [key for key in sides[0][1] if key in sides[1][1]], []
     for method, budget in dict.fromkeys(key[:2] for key in both):

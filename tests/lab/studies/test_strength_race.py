@@ -16,7 +16,7 @@ from bilevel_core.seeds import derive_seed
 PEAK = 1.4  # of r_up in r_low
 BEST = 1 / PEAK  # E r_up at lam is 55 - 5 (1/lam - PEAK)^2
 EACH = 20
-PLAN = Plan(ladder=(math.inf, 2.0, 1.0, 0.7, 0.5), bounds=(0.5, 10.0), aligned=0.6, target=0.5)
+PLAN = Plan(ladder=(math.inf, 2.0, 1.0, 0.7, 0.5), bounds=(0.5, 10.0), aligned=(0.6, 1.0), targets=(0.5, 0.2))
 
 
 class Known:
@@ -258,11 +258,12 @@ def test_draws_of_p_0_are_handed_out_once(truth):
 @pytest.fixture(scope="module")
 def choices():
     """Every method for real, at two budgets."""
-    made = {}
-    for name, budget in itertools.product(strength_race.METHODS, (20_000, 60_000)):
+    made, contestants = {}, strength_race.contestants(PLAN)
+    assert len(contestants) == len(strength_race.METHODS) + 4
+    for name, budget in itertools.product(contestants, (20_000, 60_000)):
         for seed in (0,) if budget < 60_000 else (0, 1)[: 1 + ("Bayesian" not in name)]:
             known = Known()
-            found = strength_race.METHODS[name](known.exact(derive_seed("methods", seed)), budget, seed, PLAN)
+            found = contestants[name](known.exact(derive_seed("methods", seed)), budget, seed, PLAN)
             assert found.cost == known.rows * EACH <= budget, name
             made.setdefault((name, budget), []).append(found)
     return made
@@ -278,7 +279,7 @@ def test_costs_add_up_and_paths_lead_there(choices):
             )
             assert [cost for cost, *_ in choice.path] == sorted(cost for cost, *_ in choice.path)
             assert choice.cost > 0.8 * budget or name == "none"
-            if name not in ("none", "adaptive KL"):
+            if name != "none" and not name.startswith(strength_race.KL):
                 assert choice.path[-1][1] == choice.lam and PLAN.bounds[0] <= choice.lam <= PLAN.bounds[1]
 
 
@@ -311,25 +312,27 @@ def test_ours_grows_its_ladder_until_the_curve_has_turned(choices):
 
 def test_what_does_not_look_below_stays_above(choices):
     for budget in (20_000, 60_000):
-        assert all(choice.lam >= PLAN.aligned for choice in choices["one aligned law", budget])
+        for end in PLAN.aligned:
+            assert all(choice.lam >= end for choice in choices[f"one aligned law, {end:g}", budget])
         assert all(choice.lam == math.inf and choice.cost == 0 for choice in choices["none", budget])
         assert all(0.5 <= choice.lam <= 10 for choice in choices["grid", budget])
-    for choice in choices["one aligned law", 60_000]:
+    for choice in choices["one aligned law, 0.6", 60_000]:
         assert choice.lam == pytest.approx(BEST, rel=0.15)
     for choice in choices["curve of p_0", 60_000]:
         assert choice.lam == pytest.approx(BEST, rel=0.25)
 
 
 def test_a_divergence_is_steered_to_and_weights_are_in_standard_deviations(choices):
-    for choice in choices["adaptive KL", 60_000]:
-        assert 1 / (2 * choice.lam**2) == pytest.approx(PLAN.target, rel=0.3)
+    for target in PLAN.targets:
+        for choice in choices[f"adaptive KL, {target:g} nats", 60_000]:
+            assert 1 / (2 * choice.lam**2) == pytest.approx(target, rel=0.3)
     for choice in choices["weighted sum", 60_000]:
         sd = math.sqrt(2 * 25 + (10 * PEAK) ** 2 + 4)  # of 60 - 5 (x - PEAK)^2 + 2 y
         assert any(choice.weight == pytest.approx(w / sd, rel=0.3) for w in PLAN.weights if w) and choice.lam == 1.0
 
 
 def test_searches_end_after_their_trials(choices):
-    for name in ("random", "Bayesian", "Bayesian, all draws", "adaptive KL"):
+    for name in ("random", "Bayesian", "Bayesian, all draws", "adaptive KL, 0.5 nats"):
         assert {choice.trials for choice in choices[name, 20_000]} == {5}
         assert {choice.trials for choice in choices[name, 60_000]} == {15}
     assert {choice.trials for choice in choices["grid", 60_000]} == {5}
@@ -439,3 +442,13 @@ def test_the_table_says_who_wins_at_which_cost(rows):
     assert table[18_000, "none"]["verdict"] == "worse" and table[18_000, OURS]["verdict"] == "reference"
     assert table[18_000, "none"]["regret"].mean == pytest.approx(5 * PEAK**2, abs=1.5)
     assert strength_race.summaries(rows[0])[0]["by prompt"] is None
+
+
+def test_where_the_record_is_too_short_nothing_is_told(truth, tmp_path):
+    options = RACE | {"methods": (OURS, "none", "curve of p_0"), "budgets": (9000, 40_000), "folds": 3}
+    found = strength_race.race(truth, EACH, **options, folder=tmp_path)
+    short = [row for row in found if "short" in row]
+    assert {(row["method"], row["budget"]) for row in short} == {("curve of p_0", 40_000)} and len(short) == 3
+    assert all("the record is too short" in row["short"] and "regret" not in row for row in short)
+    told = {(row["budget"], row["method"]) for row in strength_race.summaries(found)}
+    assert told == {(9000, OURS), (9000, "none"), (9000, "curve of p_0"), (40_000, OURS), (40_000, "none")}
