@@ -173,7 +173,8 @@ def particles(
     temper: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """n guided particles of p_0 tilted by steer/lam, as `bank` returns them, with "log_w" (n,), "log_z" () and "cost".
+    """n guided particles of p_0 tilted by steer/lam, as `bank` returns them, with "log_w" and "family" (n,), from which
+    start each descends, "log_z" () and "cost".
 
     steer   reward of decoded images;  temper: of the guide's potentials, see `guidance.LookAhead`
     They depend on one another, and on n: fewer are not the first of more.
@@ -184,7 +185,7 @@ def particles(
     guide = chain.guide(meter, steer, lam, temper=temper)
     x_T = draw_x_T((n, *chain.shape), chain.abar, generator=generator, device=device)
     x, log_w, info = sample_particles(guide, x_T, chain.abar, chain.ts, eta=chain.eta, generator=generator)
-    found = rewarded(chain.decode(x), rewards) | {"log_w": log_w.cpu()}
+    found = rewarded(chain.decode(x), rewards) | {"log_w": log_w.cpu(), "family": info["family"].cpu()}
     found |= {"log_z": torch.tensor(info["log_z"]).double(), "cost": torch.tensor([meter.cost])}
     return found | {"seconds": torch.tensor([time.perf_counter() - began])}
 
