@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -372,10 +373,19 @@ def pictures(problem: Problem, truth: Truth, n: int = 10) -> dict[float, Tensor]
     return found
 
 
-def store(path: Path, truths: Mapping[str, Truth], shown: Mapping[str, Mapping[float, Tensor]] | None = None) -> Path:
-    """Keeps the sweeps after the warm-up of every run, and images of levels, in one file for `restore`."""
+class Record(NamedTuple):
+    """By prompt: its truth; images of each level, falling lam -> (n, 1, 28, 28) uint8; r_low and clip of draws of p_0,
+    (n, 2)."""
+
+    truths: dict[str, Truth]
+    images: dict[str, dict[float, Tensor]]
+    plain: dict[str, Tensor]
+
+
+def store(path: Path, record: Record) -> Path:
+    """Keeps a record in one file for `restore`, of runs the sweeps after the warm-up."""
     tensors, about = {}, {}
-    for prompt, truth in truths.items():
+    for prompt, truth in record.truths.items():
         for i, one in enumerate(truth.runs):
             history = {name: value[one.config["warmup"] :] for name, value in one.history.items()}
             measured = history.pop("measured").unbind(-1)
@@ -384,16 +394,14 @@ def store(path: Path, truths: Mapping[str, Truth], shown: Mapping[str, Mapping[f
                 whole = torch.int32 if name == "replica" else torch.uint8 if name[9:] in COUNTED else torch.float32
                 tensors[f"{prompt}|{i}|{name}"] = value.to(whole)
             about[f"{prompt}|{i}"] = {"run": one.config | {"warmup": 0}, "cost": one.cost, "refused": one.refused}
-        for lam, images in (shown or {}).get(prompt, {}).items():
-            tensors[f"{prompt}|images|{lam:g}"] = images
+        tensors |= {f"{prompt}|images|{lam:g}": images for lam, images in record.images.get(prompt, {}).items()}
+        if prompt in record.plain:
+            tensors[f"{prompt}|plain"] = record.plain[prompt][:, :2].float()
     return files.save_state(path, tensors, {"runs": about, "measured": MEASURED})
 
 
-def restore(path: Path) -> tuple[dict[str, Truth], dict[tuple[str, float], Tensor]]:
-    """What `store` kept: the truth of each prompt, and images (n, 1, 28, 28) uint8 by (prompt, lam).
-
-    Raises as `files.load_state` does, and ValueError where other things were measured.
-    """
+def restore(path: Path) -> Record:
+    """What `store` kept. Raises as `files.load_state` does, and ValueError where other things were measured."""
     tensors, about = files.load_state(path)
     if tuple(about["measured"]) != MEASURED:
         raise ValueError(f"{path.name} measured {about['measured']}, not {MEASURED}: record it anew")
@@ -403,6 +411,10 @@ def restore(path: Path) -> tuple[dict[str, Truth], dict[tuple[str, float], Tenso
         own["measured"] = torch.stack([own.pop(f"measured.{name}").double() for name in MEASURED], -1)
         history = {f"history.{name}": value for name, value in own.items()}
         runs.setdefault(key.partition("|")[0], []).append(_tempered(history, one))
-    kinds = [(name.split("|"), value) for name, value in tensors.items()]
-    shown = {(key[0], float(key[2])): value for key, value in kinds if key[1] == "images"}
-    return {prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}, shown
+    record = Record({prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}, {}, {})
+    for prompt in runs:
+        images = {name.split("|")[2]: value for name, value in tensors.items() if name.startswith(f"{prompt}|images|")}
+        record.images[prompt] = dict(sorted(((float(lam), x) for lam, x in images.items()), reverse=True))
+        if f"{prompt}|plain" in tensors:
+            record.plain[prompt] = tensors[f"{prompt}|plain"]
+    return record

@@ -200,11 +200,12 @@ def test_what_is_stored_comes_back(whole, tmp_path):
     runs, _ = whole
     truth = Truth(PROMPT, tuple(runs.values()))
     images = {lam: torch.full((2, 1, 28, 28), i, dtype=torch.uint8) for i, lam in enumerate(LAMS)}
-    path = tilted_truth.store(tmp_path / "truth.safetensors", {PROMPT: truth, "a thin two": truth}, {PROMPT: images})
-    back, shown = tilted_truth.restore(path)
-    assert {key: int(value.unique()) for key, value in shown.items()} == {
-        (PROMPT, lam): i for i, lam in enumerate(LAMS)
-    }
+    plain = torch.randn(5, 5)
+    given = tilted_truth.Record({PROMPT: truth, "a thin two": truth}, {PROMPT: images}, {PROMPT: plain})
+    path = tilted_truth.store(tmp_path / "truth.safetensors", given)
+    back, shown, draws = tilted_truth.restore(path)
+    assert [*shown[PROMPT]] == [*LAMS] and [int(value.unique()) for value in shown[PROMPT].values()] == [0, 1, 2]
+    assert shown["a thin two"] == {} and [*draws] == [PROMPT] and torch.equal(draws[PROMPT], plain[:, :2])
     assert list(back) == [PROMPT, "a thin two"] and back["a thin two"].prompt == "a thin two"
     for one, other in zip(back[PROMPT].runs, truth.runs, strict=True):
         assert (one.cost, one.refused) == (other.cost, other.refused)
@@ -218,6 +219,18 @@ def test_what_is_stored_comes_back(whole, tmp_path):
     with monkey.context() as patch, pytest.raises(ValueError, match="measured .* record it anew"):
         patch.setattr(tilted_truth, "MEASURED", ("clip",))
         tilted_truth.restore(path)
+
+
+def test_images_of_levels_are_where_chains_ended(problem, whole):
+    truth = Truth(PROMPT, tuple(whole[0].values()))
+    shown = tilted_truth.pictures(problem, truth, 3)
+    assert [*shown] == [*LAMS] and all(images.shape == (3, 1, 28, 28) for images in shown.values())
+    first, second = (run.state["z"] for run in truth.runs)
+    for i, images in enumerate(shown.values()):
+        x = problem.G.run(torch.stack([first[i, 0], second[i, 0], first[i, 1]])).detach()
+        assert (((x + 1) * 127.5) - images).abs().max() <= 0.501
+    with pytest.raises(ValueError, match="5 images of 'a bold two' want as many chains with their state; there are 4"):
+        tilted_truth.pictures(problem, truth, 5)
 
 
 # ---------------------------------------------------------------- what runs say, where all is known
