@@ -1,7 +1,8 @@
 """Chapter 5's race for lambda, in which every method draws for itself, by one exact sampler, and pays for all it draws.
 
 A method sees a `Sampler`: draws of p_0, and ladders of chains from p_0 down to a lambda (`tempering.sample_tempered`),
-of which it pays every level, every sweep of the warm-up and every refused move. There are two. `Exact` runs the chains.
+of which it pays every level, every sweep of the warm-up and every refused move: twice the price of a draw of p_0 where
+moves follow the gradient of the lower reward. There are two. `Exact` runs the chains.
 `Recorded` hands out contiguous segments of the chains that `tilted_truth` kept, where running everything is too slow:
 at the price of the run that they stand for, its warm-up included, of the level nearest to the lambda that was asked
 for, reweighted to it, and no state twice within a repetition. It starts in the law, where a short warm-up only comes
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -57,7 +59,7 @@ class Plan:
     bounds: tuple[float, float] = (LADDER[-1], 10.0)
     chains: int = 8
     reach: float = 30.0
-    warmup: int = 10
+    warmup: int = 6
     share: float = 0.5
     trial: int = 4000
     trials: tuple[int, int] = (5, 20)
@@ -72,7 +74,7 @@ class Plan:
         return [*(level for level in self.ladder if level > lam), lam]
 
     def shape(self, lam: float, each: int, forwards: int, most: int | None = None) -> tuple[int, int, int]:
-        """(chains, warm-up, sweeps to keep) of a run down to lam at so many forwards, `each` a draw; chains <= most.
+        """(chains, warm-up, sweeps to keep) of a run down to lam at so many forwards, `each` a state; chains <= most.
 
         Raises ValueError where the warm-up leaves fewer than two sweeps.
         """
@@ -98,9 +100,10 @@ class ShortRecord(ValueError):
 
 
 class Sampler(Protocol):
-    """What a method may draw from; `each`: the price of a draw of p_0, in image forwards."""
+    """What a method may draw from; `each`: the price of a draw of p_0, in image forwards; `move`: of a state moved."""
 
     each: int
+    move: int
 
     def plain(self, forwards: int) -> TiltSamples:
         """Independent draws of p_0, as many as they buy."""
@@ -117,6 +120,7 @@ class Exact:
 
     G, r_low, r_up  the sampler as a map of its noise, and the rewards of its images;  r_up may give more columns
     seed   of everything that is drawn: the same calls give the same draws;  batch: rows through G at once
+    moves  options of `sample_tempered`, such as `tilted_truth.MOVES`
     """
 
     def __init__(
@@ -127,12 +131,14 @@ class Exact:
         seed: int,
         plan: Plan,
         *,
+        moves: Mapping[str, object] = MappingProxyType({}),
         batch: int = 500,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
         self.G, self.r_low, self.r_up, self.seed, self.plan = G, r_low, r_up, seed, plan
         self.each, self.batch, self.device, self.dtype, self.calls = G.cost, batch, device, dtype, 0
+        self.moves, self.move = dict(moves), G.cost * (1 + bool(moves.get("gradient")))
         self.ends: list[tuple[float, Tensor]] = []  # 1/lam of each level of the runs so far, and where its chains ended
         self.first: tuple[Tensor, Tensor] | None = None  # r_low of draws of p_0, and their noise
 
@@ -156,7 +162,7 @@ class Exact:
         return TiltSamples(*torch.cat(found, 1), cost=n * self.each)
 
     def ladder(self, lam: float, forwards: int, weight: float = 0.0) -> tuple[TiltSamples, ...]:
-        chains, warmup, sweeps = self.plan.shape(lam, self.each, forwards)
+        chains, warmup, sweeps = self.plan.shape(lam, self.move, forwards)
         generator = self._generator()
         run = sample_tempered(
             self.G,
@@ -170,6 +176,7 @@ class Exact:
             generator=generator,
             micro_batch=self.batch,
             dtype=self.dtype,
+            **self.moves,
         )
         self.ends += [(1 / level, z) for level, z in zip(lams, run.state["z"], strict=True)]
         return tilt_samples(run)
@@ -199,7 +206,7 @@ class Exact:
 class Recorded:
     """A `Sampler` that hands out what was recorded: segments of the chains of a fold, no state twice.
 
-    own    the fold, as `Truth.split` makes it;  each: the price of a draw
+    own    the fold, as `Truth.split` makes it;  each: the price of a draw of p_0
     plain  draws of p_0 (n, 2 or more), r_low and r_up first;  None: those of the ladder's first level serve
     Lost sweeps of a warm-up are paid, and as nothing is learned from them not taken out of the record. Raises
     ShortRecord, with what is left, where the record is too short for what a method asks for.
@@ -208,6 +215,7 @@ class Recorded:
     def __init__(self, own: Truth, each: int, plan: Plan, plain: Tensor | None = None):
         self.low, self.up = kept("low", *own.runs), kept("measured", *own.runs)[..., 0]
         self.lams, self.each, self.plan, self.draws = own.runs[0].config["lams"], each, plan, plain
+        self.move = each * (1 + own.runs[0].config["gradient"])
         if self.lams != [*plan.ladder]:
             raise ValueError(
                 f"the record has the levels {self.lams}, the plan {[*plan.ladder]}: pass a plan with those"
@@ -245,14 +253,14 @@ class Recorded:
 
     def _run(self, lam: float, forwards: int, above: list[int]) -> tuple[TiltSamples, ...]:
         """Sets of the levels `above` and, for lam, of that nearest to it which has room; at the price of the run."""
-        chains, warmup, sweeps = self.plan.shape(lam, self.each, forwards, self.low.shape[2])
+        chains, warmup, sweeps = self.plan.shape(lam, self.move, forwards, self.low.shape[2])
         beta = 1 / torch.tensor(self.lams, dtype=torch.float64)
         near = (beta - 1 / lam).abs().argsort()[:2].tolist()
         fits = [bool(self._cut([*above, level], chains, sweeps)) for level in near]
         level = near[1] if fits[1] and not fits[0] else near[0]
         wanted = [*above, level]
         places = self._take(wanted, chains, sweeps)
-        cost, sets = chains * len(self.plan.levels(lam)) * (warmup + 1 + sweeps) * self.each, []
+        cost, sets = chains * len(self.plan.levels(lam)) * (warmup + 1 + sweeps) * self.move, []
         for i, level in enumerate(wanted):
             low, up = (
                 torch.stack([x[starts[i] : starts[i] + k, level, c] for c, starts, k in places])
@@ -533,7 +541,7 @@ def race(
 ) -> list[dict]:
     """Every method at every budget on each fold of a prompt's chains, marked by the others: a row each.
 
-    each     the price of a draw in image forwards;  methods: names of `contestants`; none: all
+    each     the price of a draw of p_0 in image forwards;  methods: names of `contestants`; none: all
     plain    draws of p_0, (n, 2 or more), r_low and r_up first, shared out over folds, as `tilted_truth.plain` makes
     problem  draw for real with it instead of from the record, on `device`
     A piece for each fold and budget, in `folder`: a killed race goes on there. Rows: "prompt", "repetition", "budget",
@@ -553,7 +561,9 @@ def race(
         def sampler(method: str, fold: int = fold, one: int = one) -> Sampler:
             if problem:
                 own = derive_seed(method, one)
-                return Exact(problem.G, problem.pull, problem.measure, own, plan, device=device)
+                moves = {name: truth.runs[0].config[name] for name in ("gradient", "accept")}
+                options = {"moves": moves, "device": device, "batch": 48 if str(device) == "cpu" else 500}
+                return Exact(problem.G, problem.pull, problem.measure, own, plan, **options)
             return Recorded(truth.split(folds, fold)[0], each, plan, None if plain is None else plain[fold::folds])
 
         def attempt(name: str, sampler: Sampler, budget: int, one: int) -> dict:
@@ -622,11 +632,13 @@ def summaries(rows: Sequence[dict], reference: str = OURS) -> list[dict]:
                             minus that of the reference, paired by prompt and repetition, with its "verdict"
     "by prompt"             the same difference, its interval over prompts, each the mean over repetitions; None for one
     "worst", "cost", "below", "clip", "caption", "digit"   the largest regret, and means over all rows
-    A method for which the record was too short anywhere has no row at that budget.
+    A method for which the record was too short anywhere has no row at that budget; if that is the reference, none has.
     """
     found = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         short = {row["method"] for row in rows if row["budget"] == budget and "short" in row}
+        if reference in short:
+            continue
         own = [row for row in rows if row["budget"] == budget and row["method"] not in short]
         prompts = len({row["prompt"] for row in own})
         tables = []

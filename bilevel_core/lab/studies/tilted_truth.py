@@ -10,7 +10,9 @@ CLIP score of "a bold five" is then 44 under p_0, 65 near lambda = 0.3 and 55 to
 image is no five any more (from both starts, but certified down to 1 alone). TEST prompts were drawn once.
 
 A prompt has two runs of `tempering.sample_tempered` in the noise of the model's own chain, one that starts from p_0
-and one that starts from beyond the tilt, and `tempering.certify` says what they prove together.
+and one that starts from beyond the tilt, and `certificates.certify` says what they prove together. Moves follow the
+gradient: without it both runs of "a bold four" still climbed after 140 sweeps, at lambda 0.35 and below, by up to half
+a standard deviation of p_0, and the certificates said so; with it they met within ten.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ LADDER = (math.inf, 1.2, 0.6, 0.35, 0.22, 0.14, 0.09, 0.06)
 SATURATION = 5.0  # standard deviations of p_0
 BEYOND = 0.02  # the strength at which the other run starts
 STARTS = ("p_0", "beyond")
+MOVES = {"gradient": True, "accept": 0.5}  # of `sample_tempered`
 MEASURED = ("clip", "pull", "digit", "caption")  # what a run notes of every image; `pull` does not saturate
 COUNTED = ("digit", "caption")  # of these, those that are 0 or 1
 SCALE_DRAWS = 2000  # samples of p_0 that standardise the lower reward
@@ -111,9 +114,13 @@ def problem(
     seed: int = 0,
     at: float = SATURATION,
     folder: Path | None = None,
+    scale: tuple[float, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> Problem:
-    """A prompt with its lower reward standardised on `draws` samples of p_0, drawn once and kept in `folder`."""
+    """A prompt with its lower reward standardised on `draws` samples of p_0, drawn once and kept in `folder`.
+
+    scale  mean and standard deviation of the attribute under p_0, where they are known: then nothing is drawn
+    """
     hashes = {name: networks.card(name)["sha256"] for name in ("text_denoiser", "clip", "classifier_mnist28")}
     about = {"prompt": prompt, "heard": heard(prompt), "scale": chain.scale, "steps": chain.steps, "eta": chain.eta}
     about |= {"draws": draws, "seed": seed} | hashes
@@ -123,8 +130,10 @@ def problem(
         x, cost = chain.sample(about["heard"], draws, derive_seed("scale", seed), device=device)
         return {"attribute": plain.attribute(chain.decode(x)).cpu(), "cost": torch.tensor([cost])}
 
-    found = files.kept(folder and folder / f"{slug(prompt)}_scale.safetensors", about, compute)
-    mean, sd = rewards.scale(found["attribute"])
+    if scale is None:
+        found = files.kept(folder and folder / f"{slug(prompt)}_scale.safetensors", about, compute)
+        scale = rewards.scale(found["attribute"])
+    mean, sd = scale
     pull = Pull(prompt, mean, sd, at)
     score, classifier = clip.score(clip.load().to(device), prompt), networks.load_classifier("mnist28").to(device)
     wanted = torch.tensor(captions.CAPTIONS[prompt], device=device)
@@ -158,7 +167,9 @@ def run(
     "beyond": every level starts where chains at BEYOND, begun at p_0, are after `warmup` sweeps, which are paid too.
     """
     path = folder / f"{slug(problem.prompt)}_{slug(start)}.safetensors"
-    config = problem.about | {"start": start, "run_seed": seed, "warmup": warmup, "chains": chains, "lams": [*lams]}
+    config = (
+        problem.about | MOVES | {"start": start, "run_seed": seed, "warmup": warmup, "chains": chains, "lams": [*lams]}
+    )
     began, before, done = time.perf_counter(), 0.0, None
     if path.exists():
         tensors, found = files.load_state(path)
@@ -169,12 +180,11 @@ def run(
         state = {name: value if name == "generator" else value.to(device) for name, value in done.state.items()}
         done = replace(done, state=state)
     generator = torch.Generator(device).manual_seed(derive_seed("tempered", problem.prompt, start, seed))
-    options = {"measure": problem.measure, "generator": generator, "chains": chains, "warmup": warmup}
-    options |= {"micro_batch": 100 if torch.device(device).type == "cpu" else None}
+    options = {"measure": problem.measure, "generator": generator, "chains": chains, "warmup": warmup} | MOVES
+    options |= {"micro_batch": 48 if torch.device(device).type == "cpu" else None}
     z, spent = None, 0
     if done is None and start == "beyond":
-        with torch.no_grad():
-            far = sample_tempered(problem.G, problem.pull, (math.inf, BEYOND), sweeps=1, **options)
+        far = sample_tempered(problem.G, problem.pull, (math.inf, BEYOND), sweeps=1, **options)
         z, spent = far.state["z"][1], far.cost
     have = 0 if done is None else len(done.history["low"]) - warmup
     blocks = range(have + block, sweeps + block, block)
@@ -375,11 +385,12 @@ def pictures(problem: Problem, truth: Truth, n: int = 10) -> dict[float, Tensor]
 
 class Record(NamedTuple):
     """By prompt: its truth; images of each level, falling lam -> (n, 1, 28, 28) uint8; r_low and clip of draws of p_0,
-    (n, 2)."""
+    (n, 2); mean and standard deviation of the attribute under p_0."""
 
     truths: dict[str, Truth]
     images: dict[str, dict[float, Tensor]]
     plain: dict[str, Tensor]
+    scales: dict[str, tuple[float, float]]
 
 
 def store(path: Path, record: Record) -> Path:
@@ -397,7 +408,7 @@ def store(path: Path, record: Record) -> Path:
         tensors |= {f"{prompt}|images|{lam:g}": images for lam, images in record.images.get(prompt, {}).items()}
         if prompt in record.plain:
             tensors[f"{prompt}|plain"] = record.plain[prompt][:, :2].float()
-    return files.save_state(path, tensors, {"runs": about, "measured": MEASURED})
+    return files.save_state(path, tensors, {"runs": about, "measured": MEASURED, "scales": record.scales})
 
 
 def restore(path: Path) -> Record:
@@ -411,7 +422,8 @@ def restore(path: Path) -> Record:
         own["measured"] = torch.stack([own.pop(f"measured.{name}").double() for name in MEASURED], -1)
         history = {f"history.{name}": value for name, value in own.items()}
         runs.setdefault(key.partition("|")[0], []).append(_tempered(history, one))
-    record = Record({prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}, {}, {})
+    scales = {prompt: tuple(scale) for prompt, scale in about["scales"].items()}
+    record = Record({prompt: Truth(prompt, tuple(each)) for prompt, each in runs.items()}, {}, {}, scales)
     for prompt in runs:
         images = {name.split("|")[2]: value for name, value in tensors.items() if name.startswith(f"{prompt}|images|")}
         record.images[prompt] = dict(sorted(((float(lam), x) for lam, x in images.items()), reverse=True))

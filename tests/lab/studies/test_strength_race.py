@@ -16,7 +16,9 @@ from bilevel_core.seeds import derive_seed
 PEAK = 1.4  # of r_up in r_low
 BEST = 1 / PEAK  # E r_up at lam is 55 - 5 (1/lam - PEAK)^2
 EACH = 20
-PLAN = Plan(ladder=(math.inf, 2.0, 1.0, 0.7, 0.5), bounds=(0.5, 10.0), aligned=(0.6, 1.0), targets=(0.5, 0.2))
+PLAN = Plan(
+    ladder=(math.inf, 2.0, 1.0, 0.7, 0.5), bounds=(0.5, 10.0), warmup=10, aligned=(0.6, 1.0), targets=(0.5, 0.2)
+)
 
 
 class Known:
@@ -101,6 +103,18 @@ def test_everything_that_is_run_is_paid():
     sets = sampler.ladder(0.6, 9999)
     assert [each.at for each in sets] == [math.inf, 2.0, 1.0, 0.7, 0.6]
     assert spent + sum(each.cost for each in sets) == known.rows * EACH
+
+
+def test_moves_by_gradients_cost_twice_and_have_the_same_law():
+    known = Known()
+    moves = {"moves": {"gradient": True, "accept": 0.5}, "dtype": torch.float64}
+    sampler = Exact(known.G, known.low, known.measure, 0, PLAN, **moves)
+    sets = sampler.ladder(0.7, 60_000)
+    assert sum(each.cost for each in sets) == 2 * known.rows * EACH and 50_000 < 2 * known.rows * EACH <= 60_000
+    last = sets[-1]
+    assert abs(last.r_low.mean() - 1 / 0.7) < 4 / last.size**0.5 and last.size > 50
+    found = [Exact(Known().G, known.low, known.measure, seed, PLAN, **moves).mean(0.7, 24_000) for seed in range(6)]
+    assert abs(sum(each.mean for each in found) / 6 - value(0.7)) < 4 * (sum(e.se**2 for e in found) / 36) ** 0.5
 
 
 def test_real_means_are_those_of_the_law():

@@ -103,6 +103,8 @@ def test_a_problem_is_standardised_on_p_0_once(chain, problem, tmp_path):
     torch.testing.assert_close(problem.pull(chain.decode(x)), 5 * torch.tanh(z / 5))
     (path,) = tmp_path.iterdir() if any(tmp_path.iterdir()) else (None,)
     assert path is None
+    told = tilted_truth.problem(chain, PROMPT, draws=64, scale=(problem.pull.mean, problem.pull.sd))
+    assert told.pull == problem.pull and told.about == problem.about
     tilted_truth.problem(chain, PROMPT, draws=32, folder=tmp_path)
     with pytest.raises(ValueError, match="was made with other draws"):
         tilted_truth.problem(chain, PROMPT, draws=33, folder=tmp_path)
@@ -201,9 +203,12 @@ def test_what_is_stored_comes_back(whole, tmp_path):
     truth = Truth(PROMPT, tuple(runs.values()))
     images = {lam: torch.full((2, 1, 28, 28), i, dtype=torch.uint8) for i, lam in enumerate(LAMS)}
     plain = torch.randn(5, 5)
-    given = tilted_truth.Record({PROMPT: truth, "a thin two": truth}, {PROMPT: images}, {PROMPT: plain})
+    given = tilted_truth.Record(
+        {PROMPT: truth, "a thin two": truth}, {PROMPT: images}, {PROMPT: plain}, {PROMPT: (3.1, 0.7)}
+    )
     path = tilted_truth.store(tmp_path / "truth.safetensors", given)
-    back, shown, draws = tilted_truth.restore(path)
+    back, shown, draws, scales = tilted_truth.restore(path)
+    assert scales == {PROMPT: (3.1, 0.7)}
     assert [*shown[PROMPT]] == [*LAMS] and [int(value.unique()) for value in shown[PROMPT].values()] == [0, 1, 2]
     assert shown["a thin two"] == {} and [*draws] == [PROMPT] and torch.equal(draws[PROMPT], plain[:, :2])
     assert list(back) == [PROMPT, "a thin two"] and back["a thin two"].prompt == "a thin two"
