@@ -33,7 +33,8 @@ return {
   images,
   curve: [
     line("best", [data.lams[best]], [], "marker", "vline"),
-    line("measured CLIP score", data.lams, now.curve, "star"),
+    line("not certified", data.lams.slice(0, now.sure + 1), now.curve.slice(0, now.sure + 1), "zero"),
+    line("exact CLIP score", data.lams.slice(now.sure), now.curve.slice(now.sure), "star"),
     line("steps of Algorithm 2", seen, seen.map(worth), "base", "points"),
     line("now", [lam], [worth(lam)], "gamma", "points"),
   ],

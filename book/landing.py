@@ -1,8 +1,8 @@
 """The figure that moves on the first page, and its still for the README: lambda learned from recorded rewards.
 
-Algorithm 2 runs here, in the build, on what chapter 5 recorded: rewards of samples of the text-to-digit model, and
-particles where these do not reach. It learns from one run of particles; the curve it is marked on is measured by the
-three others. The page gets the path, the curve and recorded images, and a few lines that move a slider with time.
+Algorithm 2 runs here, in the build, on what chapter 5 recorded: the chains of one exchange run of the text-to-digit
+model, which started from p_0. The curve has the chains of both runs, and is grey where they do not certify it. The page
+gets the path, the curve and recorded images, and a few lines that move a slider with time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from bilevel_core import algorithms
 from bilevel_core.lab import explorers, places
+from bilevel_core.lab.certificates import tilt_samples
 from bilevel_core.lab.explorers import Choice, Explorer, Image, Line, Panel, Slider
-from bilevel_core.lab.studies import lambda_race
+from bilevel_core.lab.studies import tilted_truth
 
 HERE = Path(__file__).parent
-STORIES = (("a bold two leaning right", 0.05), ("a bold two leaning right", 10.0), ("a medium nine", 0.05))
-BOUNDS = (0.01, 100.0)
-OVERLAP = 0.14  # above it neighbouring laws of which there are samples overlap
+STORIES = (("a bold four", 10.0), ("a bold four", 0.06), ("a medium two", 0.35))
+BOUNDS = (tilted_truth.LADDER[-1], 10.0)
 SHOWN = 8  # images of a prompt and lambda
 LEVELS = 16  # of grey, two pixels to a byte
-LAMS = [min(lam, BOUNDS[1]) for lam in lambda_race.SLIDER_LAMS]  # where the images stand; p_0 at the axis' end
+LAMS = [min(lam, BOUNDS[1]) for lam in reversed(tilted_truth.LADDER)]  # of images; those of p_0 at the axis' end
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Story:
     """One run of Algorithm 2: its path, by which ending, on which curve (at `lams`) and with which images.
 
     lams, curve  where the curve is measured, and by how much; it is drawn straight between them
-
+    sure  how many of these lie below what is certified;  draws: of all levels, from which Algorithm 2 learned
     images  (len(LAMS), SHOWN, 28, 28), levels of grey from 0 to LEVELS - 1
     """
 
@@ -46,8 +46,9 @@ class Story:
     done: str
     lams: list[float]
     curve: list[float]
+    sure: int
     images: Tensor
-    samples: int
+    draws: int
 
     def worth(self, lam: float) -> float:
         """The curve at lambda, straight between its points in log lambda."""
@@ -69,25 +70,23 @@ def interpolate(places: Sequence[float], values: Sequence[float], lam: float) ->
 
 def stories() -> list[Story]:
     """Runs Algorithm 2 on the recorded rewards, from each start."""
-    kept = places.project_root() / "book" / "results" / "05_rewards.safetensors"
-    materials, pictures = lambda_race.restore(kept)
+    record = tilted_truth.restore(places.project_root() / "book" / "results" / "05_tilts.safetensors")
+    lams = [float(f"{BOUNDS[0] * (BOUNDS[1] / BOUNDS[0]) ** (k / 60):.4g}") for k in range(61)]
     found = []
     for prompt, start in STORIES:
-        learns, marks = (materials[prompt].bank("boldness", which) for which in (0, "other"))
-        # Between two lambda so far apart that their laws do not overlap, no sample tells the curve.
-        known = sorted({lam for lam, _ in marks.sharp})
-        lams = [lam for lam in known if lam < OVERLAP]
-        lams += [lam for k in range(81) if (lam := float(f"{10 ** (-2 + k / 20):.4g}")) > OVERLAP]
-        steps = list(algorithms.learn_lam(learns.pooled, start, bounds=BOUNDS, min_ess=20))
-        images = torch.stack([pictures[prompt, lam][:SHOWN, 0] for lam in lambda_race.SLIDER_LAMS])
+        truth, images = record.truths[prompt], record.images[prompt]
+        learns = algorithms.TiltSamples.pooled(*tilt_samples(truth.runs[0]))
+        steps = list(algorithms.learn_lam(learns, start, bounds=BOUNDS, min_ess=20))
+        shown = torch.stack([images[lam][:SHOWN, 0] for lam in reversed(tilted_truth.LADDER)])
         found.append(
             Story(
                 prompt,
                 [float(f"{step.lam:.4g}") for step in steps],
                 steps[-1].done or "steps used up",
                 lams,
-                [round(marks.worth(lam)["up"], 3) for lam in lams],
-                (images.double() / 255 * (LEVELS - 1)).round().to(torch.uint8),
+                [round(truth.means(lam)["clip"], 3) for lam in lams],
+                sum(not truth.certifies(lam) for lam in lams),
+                (shown.double() / 255 * (LEVELS - 1)).round().to(torch.uint8),
                 len(learns.r_up),
             )
         )
@@ -138,7 +137,8 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
             "images": [Image("", pixels) for pixels in blend],
             "curve": [
                 Line("best", [now.lams[best]], [], "marker", "vline"),
-                Line("measured CLIP score", now.lams, now.curve, "star"),
+                Line("not certified", now.lams[: now.sure + 1], now.curve[: now.sure + 1], "zero"),
+                Line("exact CLIP score", now.lams[now.sure :], now.curve[now.sure :], "star"),
                 Line("steps of Algorithm 2", seen, [now.worth(at) for at in seen], "base", "points"),
                 Line("now", [lam], [now.worth(lam)], "gamma", "points"),
             ],
@@ -155,7 +155,7 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
         return {"min": 0.0, "max": float(last), "step": 0.05, "value": float(last)}
 
     first = steps(told[0])
-    n = min(story.samples for story in told)
+    n = min(story.draws for story in told)
     return Explorer(
         "learning",
         [
@@ -187,6 +187,7 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
                 key: {
                     "path": story.path,
                     "curve": story.curve,
+                    "sure": story.sure,
                     "prompt": story.prompt,
                     "message": summary(story),
                 }
@@ -200,16 +201,14 @@ def explorer(told: Sequence[Story] | None = None) -> Explorer:
         },
         title="A number learned by gradient: how strongly may a reward pull?",
         caption=(
-            "The reward is boldness, the number is λ, the judge is a CLIP score of image and prompt. Pulled too hard, "
-            "every image is a blot; pulled right, a bold two; for a medium nine the right answer is not to pull. "
-            f"Recorded: {n:,} samples of the pre-trained model a prompt, and particles (Algorithm 5) at five small λ, "
-            "200 in a run. Algorithm 2 runs in the build, on the samples and one run; the curve is measured by three "
-            f"others, at each λ above {OVERLAP:g} and at the two below that have particles; it is straight between. "
-            f"The images are {SHOWN} recorded ones at the nearest of ten λ. Chapter 5 has the whole story, and "
-            "its errors."
+            "The reward pulls towards bold strokes, λ says how hard (small is hard), a CLIP score of image and "
+            "prompt judges. Pulled right, a four becomes a bold four; pulled harder, it dissolves; for a medium "
+            f"two the best is not to pull. Recorded: Algorithm 2 learns from {n:,} states of one exchange run; "
+            f"the curve has two, and the images are {SHOWN} ends of their chains at the nearest of eight λ "
+            "(chapter 5)."
         ),
         alt=(
-            "Animation: eight generated digits, from blots to legible digits, while a dot climbs the measured curve of "
+            "Animation: eight generated digits, from thin to bold to dissolving, while a dot climbs the curve of "
             "the CLIP score over lambda, step by step of Algorithm 2. A slider sets the step, a menu the run."
         ),
     )
@@ -254,15 +253,16 @@ def still(story: Story, rows: int = 3) -> str:
         column = torch.cat(list(story.images[i, :rows]))
         at = min(max(x(lam) - side / 2, left), right - side)
         parts.append(f'<image x="{at:.1f}" y="36" width="{side}" height="{side * rows}" href="{png(column)}"/>')
-    for power in range(-2, 3):
-        lam = 10.0**power
+    for lam in (0.1, 0.3, 1.0, 3.0, BOUNDS[1]):
         parts.append(f'<path class="grid" d="M{x(lam):.1f},{top}V{bottom}"/>')
-        parts.append(text(x(lam) - 18 * (power == 2), bottom + 17, f"{lam:g}" if power < 2 else "no pull"))
+        last = lam == BOUNDS[1]
+        parts.append(text(x(lam) - 18 * last, bottom + 17, "no pull" if last else f"{lam:g}"))
     for value in range(low, high + 1, 10):
         parts.append(f'<path class="grid" d="M{left},{y(value):.1f}H{right}"/>')
         parts.append(text(left - 7, y(value) + 4, f"{value}", 'text-anchor="end"'))
-    points = " ".join(f"{x(lam):.1f},{y(value):.1f}" for lam, value in zip(story.lams, story.curve, strict=True))
-    parts.append(f'<polyline points="{points}" fill="none" stroke="{star}" stroke-width="2.4"/>')
+    points = [f"{x(lam):.1f},{y(value):.1f}" for lam, value in zip(story.lams, story.curve, strict=True)]
+    for some, colour in ((points[: story.sure + 1], "#9aa4ae"), (points[story.sure :], star)):
+        parts.append(f'<polyline points="{" ".join(some)}" fill="none" stroke="{colour}" stroke-width="2.4"/>')
     for k, lam in enumerate(story.path):
         last = k == len(story.path) - 1
         parts.append(
@@ -279,7 +279,7 @@ def still(story: Story, rows: int = 3) -> str:
         text(0, 0, "CLIP score", f'text-anchor="middle" transform="translate(16,{(top + bottom) / 2}) rotate(-90)"')
     )
     parts.append(text(left, 24, f"“{story.prompt}”: images by λ", 'font-weight="600"'))
-    said = f"recorded: {story.samples:,} samples, and particles (chapter 5)"
+    said = f"recorded: two exchange runs, {story.draws:,} states each (chapter 5)"
     parts.append(text(right, 24, said, 'text-anchor="end" fill="#59636e"'))
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 378" font-size="13" fill="#1f2328" '

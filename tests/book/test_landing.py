@@ -10,8 +10,8 @@ from explorer_page import assert_same, document, settle
 
 import landing
 from bilevel_core import algorithms
-from bilevel_core.lab import places
-from bilevel_core.lab.studies import lambda_race
+from bilevel_core.lab import certificates, places
+from bilevel_core.lab.studies import tilted_truth
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +27,25 @@ def explorer(told):
 
 
 def test_the_stories_are_what_chapter_5_recorded(told):
-    materials, pictures = lambda_race.restore(places.project_root() / "book" / "results" / "05_rewards.safetensors")
+    record = tilted_truth.restore(places.project_root() / "book" / "results" / "05_tilts.safetensors")
     for story, (prompt, start) in zip(told, landing.STORIES, strict=True):
-        marks, learns = (materials[prompt].bank("boldness", which) for which in ("other", 0))
-        assert story.prompt == prompt and story.path[0] == start
+        truth = record.truths[prompt]
+        assert (
+            story.prompt == prompt and story.path[0] == start and landing.BOUNDS[0] == truth.runs[0].config["lams"][-1]
+        )
         for lam, up in list(zip(story.lams, story.curve, strict=True))[::16]:
-            assert up == pytest.approx(marks.worth(lam)["up"], abs=1e-3)
-        below = [lam for lam in story.lams if lam < landing.OVERLAP]
-        assert below == [0.01, 0.05] and set(below) < {lam for lam, _ in marks.sharp}  # nowhere between them
-        *_, last = algorithms.learn_lam(learns.pooled, start, bounds=landing.BOUNDS, min_ess=20)
+            assert up == pytest.approx(truth.means(lam)["clip"], abs=1e-3)
+        assert all(truth.certifies(lam) == (k >= story.sure) for k, lam in enumerate(story.lams))
+        learns = algorithms.TiltSamples.pooled(*certificates.tilt_samples(truth.runs[0]))
+        *_, last = algorithms.learn_lam(learns, start, bounds=landing.BOUNDS, min_ess=20)
         assert story.path[-1] == pytest.approx(last.lam, rel=1e-3) and story.done == last.done
-        for row, lam in enumerate(lambda_race.SLIDER_LAMS):
-            kept = pictures[prompt, lam][: landing.SHOWN, 0].double() / 255
+        for row, lam in enumerate(reversed(tilted_truth.LADDER)):
+            kept = record.images[prompt][lam][: landing.SHOWN, 0].double() / 255
             assert (story.images[row].double() / 15 - kept).abs().max() <= 0.5 / 15 + 1e-9
 
 
 def test_what_the_caption_says_is_in_the_data(told):
-    strong, weak, nine = told
+    weak, strong, two = told
     assert strong.path[-1] == pytest.approx(weak.path[-1], rel=0.02)  # both ends lead to one place
     for story in (strong, weak):
         assert story.worth(story.path[-1]) > story.worth(story.path[0]) + 5
@@ -51,12 +53,12 @@ def test_what_the_caption_says_is_in_the_data(told):
         assert "stays at" in landing.summary(story)
         gap = max(story.curve) - story.worth(story.path[-1])
         assert gap < 0.05 or f"is worth {gap:.1f} more" in landing.summary(story)
-    assert nine.path[-1] == landing.BOUNDS[1] and "the optimum is lam -> infinity" in nine.done
-    assert nine.worth(nine.path[-1]) > max(nine.curve) - 0.05
-    assert "not to pull at all" in landing.summary(nine)
-    # a blot covers far more of the picture than a digit
+    assert two.path[-1] == landing.BOUNDS[1] and "the optimum is lam -> infinity" in two.done
+    assert two.worth(two.path[-1]) > max(two.curve) - 0.05
+    assert "not to pull at all" in landing.summary(two)
+    # bold strokes cover more of the picture
     ink = (strong.images.double() / 15).mean((1, 2, 3))
-    assert ink[0] > 2 * ink[-1]
+    assert ink[0] > 1.5 * ink[-1]
 
 
 def test_places_between_recorded_ones_are_straight_in_log_lambda():

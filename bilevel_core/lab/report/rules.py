@@ -151,8 +151,9 @@ def _without(value: Any, seed: int) -> Any:
         return {key: _without(part, seed) for key, part in value.items()}
     if not isinstance(value, list):
         return value
-    kept = [x for x in value if not isinstance(x, dict) or x.get("config", x).get("seed") != seed]
-    return [_without(part, seed) for part in kept]
+    own = [x.get("config", x) if isinstance(x, dict) else {} for x in value]
+    runs = [about.get("seed", about.get("repetition")) for about in own]
+    return [_without(x, seed) for x, run in zip(value, runs, strict=True) if run != seed]
 
 
 # ---------------------------------------------------------------- rules

@@ -625,7 +625,7 @@ def mark(truth: Truth, rows: Sequence[dict], folds: int) -> list[dict]:
     return marked
 
 
-def summaries(rows: Sequence[dict], reference: str = OURS) -> list[dict]:
+def summaries(rows: Sequence[dict], reference: str = OURS, tie: float = 1e-9) -> list[dict]:
     """What `race` of several prompts says, for each budget and method: the curves from cost to regret.
 
     "regret", "difference"  Student's intervals over repetitions, each the mean over prompts; the difference is regret
@@ -645,7 +645,8 @@ def summaries(rows: Sequence[dict], reference: str = OURS) -> list[dict]:
         for seed, prompt in (("repetition", "prompt"), ("prompt", "repetition")):
             turned = [{"method": r["method"], "regret": r["regret"], "seed": r[seed], "prompt": r[prompt]} for r in own]
             enough = seed == "repetition" or prompts > 1
-            tables.append({s.method: s for s in baselines.summarise(turned, reference)} if enough else {})
+            found_ = baselines.summarise(turned, reference, tie) if enough else []
+            tables.append({s.method: s for s in found_})
         for method, summary in tables[0].items():
             mine = [row for row in own if row["method"] == method]
             mean = {n: sum(r[n] for r in mine) / len(mine) for n in ("cost", "below", "clip", "caption", "digit")}
