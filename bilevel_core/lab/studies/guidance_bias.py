@@ -1,4 +1,4 @@
-"""What look-ahead guidance, and particles that it steers, do to the choice of lambda: on the mixture and on images.
+"""Chapter 9: what look-ahead guidance does to the choice of lambda, on the mixture and on images.
 
 Exact denoiser of the mixture, eta = 1, common noise over lambda; particles and reweighting beside it.
 """
@@ -18,11 +18,11 @@ from ... import estimators, guidance, samplers, schedules
 from ...algorithms import TiltSamples
 from ...seeds import derive_seed
 from .. import comparisons
-from ..files import kept, piece
-from ..models import chains
-from ..models.chains import Chain, slug
+from ..files import piece
+from ..models import clip, rewards
+from ..models.chains import Chain
+from . import lambda_race
 from .mixture import Shifted
-from .tilted_truth import Problem
 
 
 def guidance_bias(
@@ -111,72 +111,36 @@ def root(lams: Sequence[float], values: Sequence[float]) -> float | None:
 
 def guided_on_images(
     chain: Chain,
-    problem: Problem,
+    prompt: str,
     lams: Sequence[float],
     *,
+    scale: tuple[float, float],
     n: int,
     seeds: int,
     folder: Path,
     first: int = 0,
     device: torch.device | str = "cpu",
+    low: str = "boldness",
 ) -> list[dict]:
-    """Algorithm 5's own samples for a prompt: a row for each lam and seed, with the means over n guided samples of the
-    CLIP score ("up") and of the lower reward ("low"). Noise is common to all lam; pieces."""
-    rows = []
+    """Algorithm 5's own samples for a prompt: a row for each lam and seed, with the mean CLIP score of n guided samples
+    ("up") and of the lower reward ("low", in its standard deviations under p_0). Noise is common to all lam; pieces."""
+    mean, sd = scale
+    reward = lambda_race.lower_rewards(device)[low]
+    steer, rows = rewards.Standardised(reward, mean, sd), []
     for lam, seed in itertools.product(lams, range(first, first + seeds)):
 
         def compute(lam: float = lam, seed: int = seed) -> dict:
-            options = {"wrap": lambda denoiser: chain.guide(denoiser, problem.pull, lam), "batch": n, "device": device}
-            x, cost = chain.sample(problem.about["heard"], n, derive_seed("guided", seed), **options)
+            judge = clip.score(clip.load().to(device), prompt)
+            options = {"wrap": lambda denoiser: chain.guide(denoiser, steer, lam), "batch": n, "device": device}
+            x, cost = chain.sample(lambda_race.heard(prompt), n, derive_seed("guided", seed), **options)
             images = chain.decode(x)
             with torch.no_grad():
-                up, low = problem.measure(images)[:, 0].mean().item(), problem.pull(images).mean().item()
-            return {"up": up, "low": low, "cost": cost}
+                up, low_mean = judge(images).mean().item(), ((reward(images) - mean) / sd).mean().item()
+            return {"up": up, "low": low_mean, "cost": cost}
 
-        path = folder / f"guided_{slug(problem.prompt)}_{lam:g}_{seed}.json"
-        found = piece(path, problem.about | {"lam": lam, "of": seed, "n": n}, compute)
-        rows.append({"prompt": problem.prompt, "lam": lam, "seed": seed} | {k: found[k] for k in ("up", "low", "cost")})
-    return rows
-
-
-def particles_on_images(
-    chain: Chain,
-    problem: Problem,
-    plain: TiltSamples,
-    lams: Sequence[float],
-    *,
-    n: int,
-    runs: int,
-    folder: Path,
-    device: torch.device | str = "cpu",
-) -> list[dict]:
-    """How a curve over lambda is got without chains: draws of p_0 pooled with n guided particles at each lam.
-
-    plain  draws of p_0;  lams: falling
-    A row for each run and lam: "up", "low" and "ess" of the pool there; and of the particles drawn at it, "log_z", how
-    many "families" they descend from, and "own_ess". Pieces in `folder`.
-    """
-    rows = []
-    for run in range(runs):
-        sets, found = [plain], []
-        for lam in lams:
-
-            def compute(run: int = run, lam: float = lam) -> dict[str, Tensor]:
-                measured = {"clip": lambda x: problem.measure(x)[:, 0], "low": problem.pull}
-                seed = derive_seed("particles", problem.prompt, run)
-                options = {"temper": 1.0, "device": device}
-                return chains.particles(chain, problem.about["heard"], problem.pull, lam, n, seed, measured, **options)
-
-            path = folder / f"particles_{slug(problem.prompt)}_{lam:g}_{run}.safetensors"
-            one = kept(path, problem.about | {"lam": lam, "run": run, "n": n}, compute)
-            log_z, log_w = float(one["log_z"]), one["log_w"].double()
-            sets.append(TiltSamples.from_tilt(one["clip"].double(), one["low"].double(), lam, log_w, log_z))
-            families = len(one["family"].unique())
-            found.append({"log_z": log_z, "families": families, "own_ess": 1 / log_w.softmax(0).square().sum().item()})
-            found[-1] |= {"cost": int(one["cost"])}
-        pooled = TiltSamples.pooled(*sets)
-        for lam, own in zip(lams, found, strict=True):
-            p, info = pooled.tilt(lam)
-            means = {"up": (p @ pooled.r_up).item(), "low": (p @ pooled.r_low).item(), "ess": float(info["ess"])}
-            rows.append({"prompt": problem.prompt, "run": run, "lam": lam} | means | own)
+        config = {"prompt": prompt, "low": low, "lam": lam, "seed": seed, "n": n, "mean": mean, "sd": sd}
+        config |= {"steps": chain.steps, "scale": chain.scale, "eta": chain.eta}
+        path = folder / f"guided_{prompt.replace(' ', '_')}_{low}_{lam:g}_{seed}.json"
+        found = piece(path, config, compute)
+        rows.append({"prompt": prompt, "lam": lam, "seed": seed} | {key: found[key] for key in ("up", "low", "cost")})
     return rows
