@@ -98,7 +98,8 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
            2110.13017)
     draws  at least so many independent draws: by autocorrelation, or by how far the means of the chains are apart,
            whichever are fewer
-    sigmas       within so many standard errors (jackknife over half chains; a ladder makes some twenty comparisons),
+    sigmas       within so many standard errors (jackknife over chains, of less than 16 over their halves; a ladder
+                 makes some twenty comparisons),
                  "identity": the means of a level and of the one above it differ by the integral over 1/lam, between
                  them, of Var r_low, as the pool of the two (`estimators.pool`) has it, and
                  "area": the integral of E r_low from p_0 on, by the trapezoidal rule with end terms, is the pools' log
@@ -109,7 +110,8 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
         raise ValueError("one run proves nothing: pass one that starts from p_0 and one from beyond the tilt")
     low, lams = kept("low", *runs), runs[0].config["lams"]
     whole, half = torch.cat([low[..., None], kept("measured", *runs)], 3), len(low) // 2
-    beta, r = 1 / torch.tensor(lams).double(), torch.cat([low[:half], low[-half:]], 2).transpose(0, 1)  # (L, S, blocks)
+    cut = low if low.shape[2] >= 16 else torch.cat([low[:half], low[-half:]], 2)  # halves of one chain are correlated
+    beta, r = 1 / torch.tensor(lams).double(), cut.transpose(0, 1)  # (L, S, blocks)
     blocks = range(min(r.shape[2], 32))
 
     def compare(i: int, left_out: int, log_z: Tensor | None) -> tuple[Tensor, Tensor]:
