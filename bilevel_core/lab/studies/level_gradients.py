@@ -33,12 +33,14 @@ and of the kind broad. Besides, the default network at its own default schedule.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +49,14 @@ from ... import estimators, schedules
 from ...guidance import CostMeter, LevelDenoiser
 from ...samplers import sample_ddim, timesteps
 from ...seeds import derive_seed
-from .. import files, metrics
+from .. import files, metrics, places, results
 from ..levels import BROAD, Density, time_scale
 from ..models.fast import fast
 from . import schedule_gradients
-from .schedule_gradients import WIDTHS, coordinates, differences, judge, shifted
+from .schedule_gradients import POINTS, WIDTHS, coordinates, differences, judge, shifted
 from .setting import train_denoiser
 
+EARLIER = "06_learning_noise_schedules"  # the result that holds the truth told t
 SCALES = {"t": None, "angle": schedules.ANGLE, "log_nsr": schedules.LOG_NSR}
 TOP = BROAD[1] / (math.pi / 2)  # highest level of a fixed distribution, in right angles
 GRIDS = (3, 5, 10)  # numbers of steps in `relabel`
@@ -268,11 +271,37 @@ def pieces(
     return made
 
 
-def gather(
-    study: Study, seeds: int, short: int, far: int, earlier: Sequence[Mapping] = (), first: int = 0
-) -> list[dict]:
-    """Makes all `pieces`, or reads them, each with the name of its function as "made_by"; a killed run goes on."""
-    return [{"made_by": make.func.__name__} | make() for make in pieces(study, seeds, short, far, earlier, first)]
+def gather(makers: Sequence[Callable[[], dict]]) -> list[dict]:
+    """Makes `pieces`, or reads them, each with the name of its function as "made_by"; a killed run goes on."""
+    return [{"made_by": make.func.__name__} | make() for make in makers]
+
+
+def record(study: Study, makers: Sequence[Callable[[], dict]], seeds: Sequence[int], tier: str = "recorded") -> Path:
+    """Makes the pieces and writes them as the result 06_levels."""
+    found = gather(makers)
+    twice = 0  # a network that two pieces use was trained once
+    for piece in found:
+        which = piece["made_by"], name_of(piece), piece["config"].get("point")
+        twice += which[0] == "relabel" or which[:2] == ("fixed", "level") or which[1:] == ("broad", "far")
+    cost = sum(piece["cost"] for piece in found) - twice * 3 * study.train_steps * study.batch_size
+    parameters = study.about("n_truth", "n", "draws") | {"pieces": len(found)}
+    return results.write_result(
+        "06_levels",
+        tier,
+        {"pieces": found},
+        parameters,
+        seeds=list(seeds),
+        wall_s=sum(piece["wall_s"] for piece in found),
+        cost=cost,
+        protocol=about() | {"wall_s": "of all pieces, on shared cores"},
+    )
+
+
+def about() -> dict[str, object]:
+    """The protocol but for the sizes."""
+    kinds = {name: asdict(kind) for name, kind in (KINDS | VARIANTS).items()}
+    shared = {"points": {name: list(q) for name, q in POINTS.items()}, "widths": list(WIDTHS), "kinds": kinds}
+    return shared | {"schedules": [list(DEFAULT), list(SHIFTED)], "grids": list(GRIDS), "told t": EARLIER}
 
 
 def truths_told_t(earlier: Sequence[Mapping]) -> dict[tuple[str, int], list[float]]:
@@ -383,3 +412,21 @@ def relabelled(found: Sequence[Mapping]) -> dict[str, dict[int, list[float]]]:
         for row in piece["rows"] if piece["made_by"] == "relabel" else []:
             result.setdefault(row["network"], {}).setdefault(row["steps"], []).append(row["frechet"])
     return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", default="", help="where the pieces go; default BILEVEL_WORK_DIR, else _runs")
+    parser.add_argument("--seeds", type=int, default=5, help="at near")
+    parser.add_argument("--short", type=int, default=3, help="seeds of the variants and of re-labelling")
+    parser.add_argument("--far", type=int, default=3, help="seeds at far")
+    parser.add_argument("--pieces", type=int, help="only the first so many")
+    options = parser.parse_args(arguments)
+    study = Study(places.work_dir(options.work_dir) / "level_gradients")
+    earlier = results.read_result(EARLIER)["data"]["pieces"]
+    makers = pieces(study, options.seeds, options.short, options.far, earlier)[: options.pieces]
+    print(record(study, makers, range(options.seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel_core import guidance, schedules
-from bilevel_core.lab import levels, oracles
+from bilevel_core.lab import levels, oracles, results
 from bilevel_core.lab.studies import level_gradients as study_of
 from bilevel_core.lab.studies import schedule_gradients
 
@@ -107,11 +107,11 @@ def study(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pieces_are_made_once_and_judged(study):
-    sizes = {"seeds": 2, "short": 2, "far": 2}
-    found = json.loads(json.dumps(study_of.gather(study, **sizes)))
+def test_pieces_are_made_once_judged_and_recorded(study, monkeypatch):
+    sizes = {"seeds": 2, "short": 1, "far": 2}
+    found = json.loads(json.dumps(study_of.gather(study_of.pieces(study, **sizes))))
     before = {path: path.stat().st_mtime_ns for path in study.folder.iterdir()}
-    assert json.loads(json.dumps(study_of.gather(study, **sizes))) == found
+    assert json.loads(json.dumps(study_of.gather(study_of.pieces(study, **sizes)))) == found
     assert {path: path.stat().st_mtime_ns for path in study.folder.iterdir()} == before
     for point in ("near", "far"):
         known = study_of.verdicts(found, point)
@@ -120,11 +120,17 @@ def test_pieces_are_made_once_and_judged(study):
         assert known["level"]["wide"]["cost"] == 6 * 3 * 50 and known["level"]["exact"]["cost"] == 2 * 3 * 50
     assert set(study_of.smoothness(found, [1.0, -1.0, 0.1])) == {"broad", "stretch 20"}
     table = study_of.relabelled(found)
-    assert len(table) == 6 and all(len(row[steps]) == 2 for row in table.values() for steps in study_of.GRIDS)
+    assert len(table) == 6 and all(len(row[steps]) == 1 for row in table.values() for steps in study_of.GRIDS)
     level = [piece for piece in found if study_of.name_of(piece) == "level" and piece["made_by"] == "fixed"]
     assert all(piece["beyond"] > 0 for piece in level)  # end + h lies beyond q's own levels
     broad = [piece for piece in found if study_of.name_of(piece) == "broad"]
     assert all(piece["beyond"] == 0 for piece in broad)
+    monkeypatch.setenv("BILEVEL_RESULTS", str(study.folder / "results"))
+    path = study_of.record(study, study_of.pieces(study, **sizes), [0, 1], tier="smoke")
+    written = results.read_result("06_levels", path.parent)
+    assert written["data"]["pieces"] == found and written["protocol"]["kinds"]["broad"]["top"] == study_of.TOP
+    units = sum(piece["cost"] for piece in found) - written["provenance"]["cost"]["units"]
+    assert units == (2 + 2 + 2 + 1) * 2 * 16 * 3  # told the level near and far, broad far, relabel: trained once
     other = study_of.Study(study.folder, name="digits8", T=20, sample_steps=4, train_steps=2, batch_size=16)
     with pytest.raises(ValueError, match="was made with other .*sample_steps"):
         study_of.truth(other, "level", "near", 0)
