@@ -23,7 +23,7 @@ from bilevel_core.seeds import derive_seed
 
 Q = torch.tensor((0.05, 0.9, 1.2, 0.02), dtype=torch.float64)  # inside the admissible set by more than delta
 DELTA, GAMMA, INNER = 0.01, 1000.0, 10  # the released radius; our gamma; the released number of inner steps
-RACE = {"samples": 64, "draws": 4, "inner": 4}  # what chapter 7 races with, besides
+RACE = {"samples": 64, "draws": 4, "inner": 4, "grad_steps": None}  # what chapter 7 races with, besides
 NOTES = """
 outer iteration: batch {batch}, {images} images for every distance, T = {T}. Released, emulated with this package:
   {inner} training steps, then T, 2N, N, N, N and N DDIM steps with N = {steps}, and three denoising losses; its
@@ -31,8 +31,9 @@ outer iteration: batch {batch}, {images} images for every distance, T = {T}. Rel
   over gamma = 1, and the difference of the lower-level gradients at one and the same network. Ours: {ours} DDIM steps,
   one training step, reverse mode, 2 draws, gamma = {gamma:g}. Both on the network named in the table (cost units do not
   depend on it), with the distance in the features of this package's classifier, not in Inception's. "chapter 7": ours
-  with {race}. "told the level": a network that is told the noise level, trained
-  on a fixed range of levels as long as the other, has no theta_gamma: one reverse-mode gradient, the same samples.
+  with {race[samples]} samples, {race[draws]} draws, {race[inner]} training steps and all of the path. "told the level":
+  a network that is told the noise level, trained on a fixed range of levels as long as the other, has no theta_gamma:
+  one reverse-mode gradient, the same samples.
 SNR: |truth| / standard deviation over {draws} independent gradients at one point, in start, end and tau; truth is the
   mean of exact pathwise gradients of the same objective. "x sqrt": the SNR of as many of them averaged as cost together
   what one forward-mode gradient costs.
@@ -206,7 +207,7 @@ def print_outer(size: str, args: argparse.Namespace, denoiser: torch.nn.Module, 
     released = snr(draws, truth)[:3]
     print(f"{'released':<22}{cost:>11,}{1:>7.3f}{seconds:>8.2f}  {shown(released)}", flush=True)
     ours = {"ours": {}, f"... at {args.steps} DDIM steps": {"sample_steps": args.steps}}
-    ours["chapter 7"] = RACE | {"g_batch": args.batch}
+    ours["chapter 7"] = RACE | {"g_batch": 2 * args.batch}
     for name, options in ours.items():
         state = learning(size, args, denoiser, **options)
         start = time.perf_counter()
@@ -363,8 +364,13 @@ def main() -> None:
     if args.memory:
         return common.print_memory(memory_run(args.memory[0], args, args.memory[1]), args.device)
     print(common.header(args, "learning a schedule"))
-    words = vars(args) | {"race": ", ".join(f"{value} {name}" for name, value in RACE.items())}
-    words |= {"T": 20 * args.steps, "ours": max(1, args.steps // 5), "delta": DELTA, "gamma": GAMMA}
+    words = vars(args) | {
+        "race": RACE,
+        "T": 20 * args.steps,
+        "ours": max(1, args.steps // 5),
+        "delta": DELTA,
+        "gamma": GAMMA,
+    }
     print(NOTES.strip("\n").format(**(words | {"inner": INNER})))
     for size in args.sizes:
         x0 = images_of(size, args.device)
