@@ -13,22 +13,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilevel_core import estimators, samplers, schedules
+from bilevel_core import estimators, guidance, samplers, schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
-from bilevel_core.lab import comparisons, data, distances
+from bilevel_core.guidance import CostMeter
+from bilevel_core.lab import comparisons, data, distances, levels
 from bilevel_core.lab.models import networks
 from bilevel_core.schedule_learning import ScheduleLearning, ScheduleProblem, learn_schedule
 from bilevel_core.seeds import derive_seed
 
 Q = torch.tensor((0.05, 0.9, 1.2, 0.02), dtype=torch.float64)  # inside the admissible set by more than delta
 DELTA, GAMMA, INNER = 0.01, 1000.0, 10  # the released radius; our gamma; the released number of inner steps
+RACE = {"samples": 64, "draws": 4, "inner": 4, "grad_steps": None}  # what chapter 7 races with, besides
 NOTES = """
 outer iteration: batch {batch}, {images} images for every distance, T = {T}. Released, emulated with this package:
   {inner} training steps, then T, 2N, N, N, N and N DDIM steps with N = {steps}, and three denoising losses; its
   gradient is a two-point zeroth-order estimate in all four of q, radius {delta}, without common random numbers,
   over gamma = 1, and the difference of the lower-level gradients at one and the same network. Ours: {ours} DDIM steps,
   one training step, reverse mode, 2 draws, gamma = {gamma:g}. Both on the network named in the table (cost units do not
-  depend on it), with the distance in the features of this package's classifier, not in Inception's.
+  depend on it), with the distance in the features of this package's classifier, not in Inception's. "chapter 7": ours
+  with {race[samples]} samples, {race[draws]} draws, {race[inner]} training steps and all of the path. "told the level":
+  a network that is told the noise level, trained on a fixed range of levels as long as the other, has no theta_gamma:
+  one reverse-mode gradient, the same samples.
 SNR: |truth| / standard deviation over {draws} independent gradients at one point, in start, end and tau; truth is the
   mean of exact pathwise gradients of the same objective. "x sqrt": the SNR of as many of them averaged as cost together
   what one forward-mode gradient costs.
@@ -201,7 +206,9 @@ def print_outer(size: str, args: argparse.Namespace, denoiser: torch.nn.Module, 
     draws, _ = gradients(lambda seed: released_grad(problem, denoiser, seed), args.draws)
     released = snr(draws, truth)[:3]
     print(f"{'released':<22}{cost:>11,}{1:>7.3f}{seconds:>8.2f}  {shown(released)}", flush=True)
-    for name, options in (("ours", {}), (f"... at {args.steps} DDIM steps", {"sample_steps": args.steps})):
+    ours = {"ours": {}, f"... at {args.steps} DDIM steps": {"sample_steps": args.steps}}
+    ours["chapter 7"] = RACE | {"g_batch": 2 * args.batch}
+    for name, options in ours.items():
         state = learning(size, args, denoiser, **options)
         start = time.perf_counter()
         *_, last = learn_schedule(state, x0, steps=args.warm)  # theta_gamma leaves theta_star
@@ -219,6 +226,38 @@ def print_outer(size: str, args: argparse.Namespace, denoiser: torch.nn.Module, 
         print(
             f"{'':<22}theta_gamma moved by {last.moved:.1e}, absorbs {last.absorbed:.1%} of f; {last.warning or 'ok'}"
         )
+    meters, level_grad = told_the_level(size, args, x0)
+    draws, seconds = gradients(level_grad, args.draws)
+    found, one = snr(draws, draws.mean(0)), sum(meter.cost for meter in meters) // args.draws
+    gain = shown(found / released) + " times the released"
+    print(f"{'told the level':<22}{one:>11,}{one / cost:>7.3f}{seconds:>8.2f}  {shown(found)}  {gain}", flush=True)
+
+
+def told_the_level(size: str, args: argparse.Namespace, x0: Tensor) -> tuple[list[CostMeter], Callable[[int], Tensor]]:
+    """The outer gradient of chapter 7's setting without theta_gamma, seed -> (3,), and the meters of what it cost.
+
+    Theta is held fixed: its training levels do not depend on q, and neither does it.
+    """
+    network = guidance.LevelDenoiser(networks.Denoiser(size, told="angle"), levels.Density().abar(1000))
+    training = ScoreTraining(network.to(args.device), batch_size=args.batch, ema_decay=0.99)
+    for _ in train_score(training, x0, network.abar, steps=args.train):
+        pass
+    trained = training.ema.module.eval().requires_grad_(False)
+    state, distance, meters = learning(size, args, trained, **RACE), quality(size, args.device), []
+    ts = samplers.timesteps(state.T, state.sample_steps)
+
+    def f(z: Tensor, seed: int) -> Tensor:
+        abar = schedules.abar(schedules.expand(z), state.T)
+        generator = torch.Generator().manual_seed(seed)
+        x_T = torch.randn(state.samples, *x0.shape[1:], generator=generator).to(args.device)
+        meters.append(CostMeter(trained.on(abar)))
+        return distance(samplers.sample_ddim(meters[-1], x_T, abar, ts))
+
+    def grad(seed: int) -> Tensor:
+        draws = [derive_seed("level", seed, i) for i in range(state.draws)]
+        return torch.stack([estimators.q_grad_reverse(f, state.z, seed=s)[0] for s in draws]).mean(0)
+
+    return meters, grad
 
 
 # ---------------------------------------------------------------- memory and training
@@ -325,7 +364,13 @@ def main() -> None:
     if args.memory:
         return common.print_memory(memory_run(args.memory[0], args, args.memory[1]), args.device)
     print(common.header(args, "learning a schedule"))
-    words = vars(args) | {"T": 20 * args.steps, "ours": max(1, args.steps // 5), "delta": DELTA, "gamma": GAMMA}
+    words = vars(args) | {
+        "race": RACE,
+        "T": 20 * args.steps,
+        "ours": max(1, args.steps // 5),
+        "delta": DELTA,
+        "gamma": GAMMA,
+    }
     print(NOTES.strip("\n").format(**(words | {"inner": INNER})))
     for size in args.sizes:
         x0 = images_of(size, args.device)

@@ -93,9 +93,13 @@ class Certificate:
 def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: float = 4.0) -> Certificate:
     """What runs of one ladder from opposite starts, from p_0 and from beyond the tilt, prove about each of its levels.
 
-    rhat, draws  all chains together have a split R-hat below it, and at least so many independent draws: by
-                 autocorrelation, or by how far the means of the chains are apart, whichever are fewer
-    sigmas       within so many standard errors (jackknife over half chains; a ladder makes some twenty comparisons),
+    rhat   the halves of both runs, each with all its chains, have a split R-hat below it: for many short chains, of
+           which none has the whole law, what counts is that both starts and both halves do (Margossian et al., arXiv
+           2110.13017)
+    draws  at least so many independent draws: by autocorrelation, or by how far the means of the chains are apart,
+           whichever are fewer
+    sigmas       within so many standard errors (jackknife over chains, of less than 16 over their halves; a ladder
+                 makes some twenty comparisons),
                  "identity": the means of a level and of the one above it differ by the integral over 1/lam, between
                  them, of Var r_low, as the pool of the two (`estimators.pool`) has it, and
                  "area": the integral of E r_low from p_0 on, by the trapezoidal rule with end terms, is the pools' log
@@ -106,7 +110,8 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
         raise ValueError("one run proves nothing: pass one that starts from p_0 and one from beyond the tilt")
     low, lams = kept("low", *runs), runs[0].config["lams"]
     whole, half = torch.cat([low[..., None], kept("measured", *runs)], 3), len(low) // 2
-    beta, r = 1 / torch.tensor(lams).double(), torch.cat([low[:half], low[-half:]], 2).transpose(0, 1)  # (L, S, blocks)
+    cut = low if low.shape[2] >= 16 else torch.cat([low[:half], low[-half:]], 2)  # halves of one chain are correlated
+    beta, r = 1 / torch.tensor(lams).double(), cut.transpose(0, 1)  # (L, S, blocks)
     blocks = range(min(r.shape[2], 32))
 
     def compare(i: int, left_out: int, log_z: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,11 +138,14 @@ def certify(*runs: Tempered, rhat: float = 1.05, draws: float = 100.0, sigmas: f
     error[1] = torch.hypot(error[1], found[2] / 10)
     off = found / error.clamp(min=1e-300)
     rows, replicas, down_to = [], kept("replica", *runs), None
+    sides = whole.split([run.history["low"].shape[2] for run in runs], 2)
+    least = min(side.shape[2] for side in sides)
     for i, lam in enumerate(lams):
         x = whole[:, i].movedim(2, 0).transpose(1, 2)  # (1 + m, C, S)
         size = [min(effective_draws(y), len(y) * (y.var() / y.mean(1).var()).item()) for y in x]
         row = {"lam": lam, "low": x[0].mean().item(), "var": x[0].var().item()}
-        row |= {"low_se": (row["var"] / size[0]) ** 0.5, "rhat": max(map(split_rhat, x)), "draws": min(size)}
+        met = torch.stack([side[:, i, :least].flatten(0, 1) for side in sides]).movedim(2, 0)  # in order of sweeps
+        row |= {"low_se": (row["var"] / size[0]) ** 0.5, "rhat": max(map(split_rhat, met)), "draws": min(size)}
         row |= {"families": len(replicas[:, i].unique()), "log_z": log_z[i]}
         row |= {name: off[j, i - 1].item() if i else 0.0 for j, name in enumerate(("identity", "area"))}
         failed = {"rhat": row["rhat"] >= rhat, "draws": row["draws"] < draws}

@@ -144,6 +144,7 @@ def executed(name: str) -> list[SimpleNamespace]:
 LEFT_OUT = {
     ("03_learning_lambda", "P.PROFILE == 'quick'"),
     ("04_guided_sampling", "P.PROFILE == 'quick'"),
+    ("06_learning_noise_schedules", "P.PROFILE == 'quick'"),
 }
 
 

@@ -115,6 +115,23 @@ def test_exact_laws_pass_and_the_numbers_are_right():
         assert abs(row["identity"]) < 3 and abs(row["area"]) < 3
 
 
+def test_many_short_chains_are_judged_by_their_starts_and_halves():
+    """No chain of six correlated states has the whole law, and all of both runs do; a start that is apart is named."""
+
+    def run(seed, off=0.0):
+        one, still = gaussian(BETA, 200, 6, seed), gaussian(BETA, 200, 1, seed + 100)
+        moves, stays = (run.history["low"] - BETA[:, None] for run in (one, still))
+        low = BETA[:, None] + 0.9 * stays + (1 - 0.9**2) ** 0.5 * moves + off
+        return tempering.Tempered(one.config, 0, 0, one.history | {"low": low}, {})
+
+    fine = certificates.certify(run(1), run(2))
+    assert fine.down_to == 0.5 and all(row["rhat"] < 1.02 for row in fine.rows)
+    by_chain = torch.cat([run(1).history["low"], run(2).history["low"]], 2)[:, 3].T
+    assert certificates.split_rhat(by_chain) > 1.3
+    apart = certificates.certify(run(1), run(2, 0.8))
+    assert apart.down_to is None and "rhat" in apart.rows[0]["failed"]
+
+
 def test_limits_are_the_callers():
     runs = [gaussian(BETA, 4, 50, seed) for seed in (1, 2)]
     assert certificates.certify(*runs).down_to == 0.5

@@ -43,8 +43,10 @@ def test_learning_a_schedule_is_compared_with_the_released_procedure(root):
     text = done.stdout
     assert "143 network calls: used 15.4%, without effect 77.6%, only logged 7.0%" in text
     number = r" +-?[\d.,]+"
-    outer = re.findall(rf"^(released|ours|... at 5 DDIM steps)(?:{number}){{6}}", text, re.MULTILINE)
-    assert outer == ["released", "ours", "... at 5 DDIM steps"], text
+    names = ["released", "ours", "... at 5 DDIM steps", "chapter 7", "told the level"]
+    outer = re.findall(rf"^({'|'.join(map(re.escape, names))})(?:{number}){{6}}", text, re.MULTILINE)
+    assert outer == names, text
+    assert re.search(rf"^told the level +{4 * 64 * 2} ", text, re.MULTILINE), text  # draws, images, there and back
     cost = 40 * (100 + 10 + 4 * 5) + 8 * (3 * 10 + 3 + 2 + 2)
     assert re.search(rf"^released +{cost:,} ", text, re.MULTILINE), text
     found = re.findall(rf"^(\S.*?)(?:{number}){{2}} {{2}}(?:{number}){{6}} +\d+\.\d\d$", text, re.MULTILINE)

@@ -167,8 +167,8 @@ def test_a_run_of_other_settings_is_refused(problem, whole, chain):
 
 def test_a_start_from_beyond_is_paid_and_lies_beyond(problem, whole):
     runs, _ = whole
-    own = problem.G.cost * SIZE["chains"] * len(LAMS) * (SIZE["sweeps"] + SIZE["warmup"] + 1)
-    first = problem.G.cost * SIZE["chains"] * 2 * (1 + SIZE["warmup"] + 1)  # two levels, a sweep after the warm-up
+    own = 2 * problem.G.cost * SIZE["chains"] * len(LAMS) * (SIZE["sweeps"] + SIZE["warmup"] + 1)
+    first = 2 * problem.G.cost * SIZE["chains"] * 2 * (1 + SIZE["warmup"] + 1)  # two levels, a sweep after the warm-up
     assert runs["p_0"].cost == own and runs["beyond"].cost == own + first
     for run in runs.values():
         assert run.history["low"].shape == (9, 3, 2) and run.history["measured"].shape == (9, 3, 2, 4)
