@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from bilevel_core.lab import files
 from bilevel_core.lab.models import clip, networks
-from bilevel_core.lab.studies import lambda_race, schedule_race
+from bilevel_core.lab.studies import prompt_rewards, schedule_race, tilted_truth
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = sorted((ROOT / "bilevel_core" / "lab" / "models" / "weights").glob("*.safetensors"))
@@ -74,7 +74,7 @@ def test_recorded_tensors(path, tmp_path):
         with pytest.raises(ValueError, match=f"{path.name} .*restore it with git, if it came with the book"):
             files.load_state(copy)
             pytest.fail(f"byte {place}")
-    for restore in (lambda_race.restore, schedule_race.restore):
+    for restore in (prompt_rewards.restore, schedule_race.restore, tilted_truth.restore):
         with pytest.raises(ValueError, match=f"{path.name} was altered"):
             restore(copy)
 

@@ -10,13 +10,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +29,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from bilevel_core import schedules
 from bilevel_core.algorithms import ScoreTraining, train_score
 from bilevel_core.lab import data, files, training
-from bilevel_core.lab.models import chains, clip, networks
-from bilevel_core.lab.studies import lambda_race, setting
+from bilevel_core.lab.models import chains, networks
+from bilevel_core.lab.studies import setting, tilted_truth
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
@@ -64,28 +64,22 @@ def algorithm_6(folder: Path) -> None:
 
 
 @functools.cache
-def chain() -> tuple[chains.Chain, lambda_race.Material]:
-    """The shipped models, and what is drawn of a prompt before the race."""
-    chain, prompt, low = chains.Chain.shipped(steps=3), "a bold two", "boldness"
-    options = {"folder": None, "mean": 0.0, "sd": 1.0}
-    sharp = {(0.5, run): lambda_race.particles(chain, prompt, low, 0.5, 10, 100_000 * run, **options) for run in (0, 1)}
-    score, boldness = clip.score(clip.load(), prompt), lambda_race.lower_rewards()[low]
-    with tempfile.TemporaryDirectory() as folder:
-        rewards = {"clip": score, low: boldness}
-        drawn = chains.bank(chain, "a two", rewards, 260, 0, folder=Path(folder), about={}, batch=260)
-    return chain, lambda_race.Material(drawn, {low: sharp})
+def problem() -> tilted_truth.Problem:
+    """A prompt of the shipped models, as a map of its noise with both rewards."""
+    return tilted_truth.problem(chains.Chain.shipped(steps=3), "a bold two", draws=50)
 
 
-def algorithm_2(folder: Path) -> None:
-    """Lambda with fresh particles where the samples do not reach, beside its rivals; rows and draws are kept."""
-    model, material = chain()
-    sizes = {"seeds": 2, "draws": 10, "trials": 5, "target": 0.5, "folder": folder}
-    rows = lambda_race.race(model, "a bold two", "boldness", material, **sizes)
-    files.write_atomic(folder / "final.json", json.dumps(rows).encode())
+def exchange_run(folder: Path) -> None:
+    """Chains of two levels that start beyond the tilt, kept after every sweep."""
+    sizes = {"sweeps": 20, "warmup": 2, "chains": 2, "seed": 0, "lams": (math.inf, 0.5), "block": 1}
+    done, _ = tilted_truth.run(problem(), "beyond", **sizes, folder=folder)
+    tensors = {f"history.{name}": value for name, value in done.history.items()}
+    tensors |= {f"state.{name}": value for name, value in done.state.items()}
+    files.save_state(folder / "final.safetensors", tensors, {"cost": done.cost, "refused": done.refused})
 
 
-JOBS = {job.__name__: job for job in (algorithm_2, algorithm_3, algorithm_6)}
-OPERATIONS = {"algorithm_2": 8, "algorithm_3": 24, "algorithm_6": 24}  # at the latest at this one a child dies
+JOBS = {job.__name__: job for job in (exchange_run, algorithm_3, algorithm_6)}
+OPERATIONS = 24  # at the latest at this one a child dies
 
 
 def prepare(name: str) -> None:
@@ -94,8 +88,8 @@ def prepare(name: str) -> None:
     import tqdm.auto  # noqa: F401
 
     digits(), network()
-    if name == "algorithm_2":
-        chain()
+    if name == "exchange_run":
+        problem()
     if name == "algorithm_6":
         import test_schedule_learning  # noqa: F401
 
@@ -156,7 +150,7 @@ def drive(name: str, folder: Path, seed: int) -> None:
     place.mkdir()
     while found["time"] + found["write"] < KILLS:
         kind = "time" if chance.random() < 0.5 else "write"
-        child = forked(job, place, 0 if kind == "time" else chance.randint(1, OPERATIONS[name]))
+        child = forked(job, place, 0 if kind == "time" else chance.randint(1, OPERATIONS))
         if kind == "time":
             time.sleep(chance.uniform(0, whole / 5))
             os.kill(child, signal.SIGKILL)
@@ -179,8 +173,6 @@ def drive(name: str, folder: Path, seed: int) -> None:
 
 def final(folder: Path) -> object:
     """What a job leaves in the end, ready to be compared bit for bit."""
-    if (folder / "final.json").exists():
-        return json.loads((folder / "final.json").read_text())
     tensors, meta = files.load_state(folder / "final.safetensors")
     return meta, {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()}
 

@@ -32,7 +32,8 @@ METHODS = ("none", "Algorithm 2", "reweighted curve", "grid", "random", "Bayesia
 DRAWING = METHODS[3:]
 """The rivals that draw at every lambda they look at."""
 BOUNDS = (0.01, 100.0)
-
+DIGITS = ("a bold eight", "a bold two leaning right", "a bold five", "a medium nine")
+"""The prompts of the study on digits: the text-to-digit model hears all but their thickness."""
 
 NAMES = ("clip", "hps", "aesthetic", "resnet", "random")
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from bilevel_core import algorithms, estimators
-from bilevel_core.lab.studies import guidance_bias, lambda_race, mixture, pooling, strengths
+from bilevel_core import estimators
+from bilevel_core.lab.studies import guidance_bias, mixture, pooling, strengths
 from bilevel_core.seeds import derive_seed
 
 S = torch.tensor([[0.5, 0.2], [0.2, 0.4]], dtype=torch.float64)
@@ -153,75 +153,26 @@ def test_guidance_is_biased_and_particles_are_not():
         assert chosen["path"] is None or chosen["path"] < 0.9
 
 
-# ---------------------------------------------------------------- on images, with particles of a known law
-
-
-def test_algorithm_2_on_images_pools_and_is_kept(tmp_path, monkeypatch):
-    """r_low ~ N(0, 1), r_up = 1.2 r_low - 0.6 r_low^2: under the tilt r_low ~ N(1/lam, 1), so lam* = 1."""
+def test_the_study_is_kept_in_pieces_and_goes_on(tmp_path, monkeypatch):
     calls = []
 
-    def particles(chain, prompt, low, lam, n, seed, *, mean, sd, folder, device):
-        calls.append((lam, seed))
-        r = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1 / lam
-        log_w = torch.full((n,), -math.log(n), dtype=torch.float64)
-        found = {"clip": 1.2 * r - 0.6 * r**2, low: mean + sd * r, "log_w": log_w}
-        return found | {"log_z": torch.tensor(1 / (2 * lam**2)).double(), "cost": torch.tensor(38 * n)}
+    def mixture_pooling(centre, repeats, **own):
+        calls.append((centre, repeats, own))
+        return [{"centre": centre}]
 
-    monkeypatch.setattr(lambda_race, "particles", particles)
-    r = torch.randn(300, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    samples = algorithms.TiltSamples(1.2 * r - 0.6 * r**2, r, cost=6000)
-    options = {"pool": True, "min_ess": 250.0, "folder": tmp_path}
-    found = pooling.learn_on_images(None, "a bold two", "boldness", samples, (2.0, 0.5), 3, **options)
-    assert found["last"] == pytest.approx(1.0, rel=0.15) and found["read"] == pytest.approx(1.0, rel=0.15)
-    assert found["rounds"] == len(calls) >= 1
-    assert [seed for _, seed in calls] == [derive_seed("round", 3, i + 1) for i in range(len(calls))]
-    assert found["cost"] == 6000 + len(calls) * 38 * 250 and found["path"][0] == [1.0, 1]
-    again = pooling.learn_on_images(None, "a bold two", "boldness", samples, (2.0, 0.5), 3, **options)
-    assert again["last"] == found["last"] and found["rounds"] == len(calls)
-    with pytest.raises(ValueError, match="other n"):
-        fewer = algorithms.TiltSamples(samples.r_up[:200], samples.r_low[:200], cost=4000)
-        pooling.learn_on_images(None, "a bold two", "boldness", fewer, (2.0, 0.5), 3, **options)
+    def bias_of(**options):
+        calls.append(options)
+        return {"lams": list(options["lams"])}
 
-
-def test_without_a_maximum_inside_the_last_lambda_is_kept():
-    r = torch.randn(2000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    lam, _ = pooling.read_off(algorithms.TiltSamples(-r, r), 7.0)
-    assert lam == 7.0
-    lam, ends = pooling.read_off(algorithms.TiltSamples(r - 0.5 * r**2, r), 7.0)
-    assert 0.8 < lam < 1.25 and ends[0] < lam < ends[1]
-
-
-def known(n, lam, seed, mean=2.0, sd=0.5):
-    """n samples of the tilt at lam (infinity: of p_0) of the law above, as `lam_study` keeps them."""
-    r = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1 / lam
-    found = {"clip": 1.2 * r - 0.6 * r**2, "boldness": mean + sd * r, "cost": torch.tensor(20 * n)}
-    if lam == math.inf:
-        return found
-    flat = torch.full((n,), -math.log(n), dtype=torch.float64)
-    return found | {"log_w": flat, "log_z": torch.tensor(1 / (2 * lam**2)).double()}
-
-
-def test_the_report_is_paired_with_chapter_5_and_the_validation_marks_all_variants(tmp_path, monkeypatch):
-    def particles(chain, prompt, low, lam, n, seed, *, mean, sd, folder, device):
-        return known(n, lam, seed, mean, sd)
-
-    monkeypatch.setattr(lambda_race, "particles", particles)
-    monkeypatch.setattr(lambda_race, "draw", lambda chain, prompt, n, seed, **_: known(n, math.inf, seed))
-    sharp = {(lam, run): known(300, lam, 100 * run + 7) for lam in (0.3, 0.6) for run in (0, 1)}
-    materials = {"a bold two": lambda_race.Material(known(4000, math.inf, 1), {"boldness": sharp})}
-    before = [{"prompt": "a bold two", "seed": seed, "lam": lam, "cost": 9} for seed, lam in ((0, 0.5), (1, None))]
-    rows = pooling.report_pooling(None, materials, before, seeds=2, min_ess=400.0, folder=tmp_path)
-    assert [(row["seed"], row["lam before"], row["cost before"]) for row in rows] == [(0, 0.5, 9), (1, None, 9)]
-    for row in rows:
-        assert row["lam last"] == pytest.approx(1.0, rel=0.2) and row["regret last"] < 0.05
-        assert row["regret before"] > row["regret last"] + 0.1  # 0.5 is over-optimised, infinity does nothing
-        ups = [row[f"up {key}"] + row[f"regret {key}"] for key in ("before", "last", "read")]
-        assert max(ups) - min(ups) < 1e-9
-    options = {"seeds": 2, "n": 1000, "lams": (0.4, 0.7), "count": 100, "runs": 1, "folder": tmp_path}
-    rows = pooling.validate_pooling(None, ["a bold three"], **options)
-    assert {(row["pool"], row["min_ess"], row["seed"]) for row in rows} == {
-        (pool, min_ess, seed)
-        for pool, min_ess in ((False, 100.0), *((True, value) for value in pooling.MIN_ESS_TRIED))
-        for seed in (0, 1)
-    }
-    assert all(abs(row["regret last"]) < 0.2 and row["cost"] >= 20_000 for row in rows)
+    monkeypatch.setattr(pooling, "mixture_pooling", mixture_pooling)
+    monkeypatch.setattr(pooling, "guidance_bias", bias_of)
+    sizes = {"repeats": 3, "bias": {"lams": (0.5, 1.0), "T": 10}, "folder": tmp_path}
+    found = pooling.study(**sizes)
+    assert found["mixture"] == [{"centre": 1.2}, {"centre": 3.0}] and found["bias"]["lams"] == [0.5, 1.0]
+    assert calls == [(1.2, 3, {}), (3.0, 3, {}), {"lams": (0.5, 1.0), "T": 10}]
+    (tmp_path / "mixture_3.json").unlink()  # killed before it
+    assert pooling.study(**sizes)["mixture"] == found["mixture"] and calls[3:] == [(3.0, 3, {})]
+    with pytest.raises(ValueError, match="was made with other repeats"):
+        pooling.study(**sizes | {"repeats": 4})
+    pooling.study(**sizes | {"folder": tmp_path / "7"}, first=7)
+    assert calls[4:6] == [(centre, 3, {"first": 7}) for centre in (1.2, 3.0)] and calls[6]["first"] == 7
