@@ -35,10 +35,10 @@ STUDIES: dict[str, tuple[dict, dict[str, str]]] = {
         {"recorded": "01_sampling_mnist8", "full": "01_sampling_mnist28"},
     ),
     "05_reward_finetuning_mnist": (
-        {"shown": 2, "live_draws": 20, "study_seeds": 2, "study_prompts": "one", "study_samples": 260, "trials": 5}
-        | {"study_lams": [0.3, 0.5], "study_particles": 10, "study_runs": 1, "study_draws": 10}
-        | {"validation_samples": 260, "validation_lams": [0.3]},
-        {"recorded": "05_reward_finetuning_mnist", "full": "05_reward_finetuning_mnist_full"},
+        {"shown": 2, "live_sweeps": 4, "live_warmup": 2, "live_chains": 2, "study": 2, "study_sweeps": 8}
+        | {"study_warmup": 2, "study_chains": 2, "study_plain": 40, "study_budgets": [5000], "study_folds": 2}
+        | {"study_drawn": 1, "study_particles": 4},
+        {"recorded": "05_tilts", "full": "05_tilts_full"},
     ),
     "06_learning_noise_schedules": (
         {"repeats": 20, "live_train_steps": 2, "live_steps": 2, "data_name": "digits8", "study_seeds": 2}
@@ -70,12 +70,6 @@ OTHERS = {
 }
 NEED_MNIST = ("05_reward_finetuning_mnist", "appendix_text_models")
 RUNS = [(name, profile) for name, (_, left) in STUDIES.items() for profile in left]
-
-
-def sizes(name: str, profile: str) -> dict:
-    """A full run draws live beside the book's recorded samples; a recorded one has just written its own."""
-    live = {"live_samples": 1} if (name, profile) == ("05_reward_finetuning_mnist", "full") else {}
-    return STUDIES[name][0] | live
 
 
 def code_cells(path: Path) -> list[str]:
@@ -128,7 +122,7 @@ UNCOMPARED = {"study_seeds": 1, "val_steps": 3, "study_grids": [2, 4]}  # refuse
 
 def executed(name: str) -> list[SimpleNamespace]:
     """The parameters of every run of a notebook in the tests: the build's, and those below."""
-    runs = [("smoke", {})] + [(profile, sizes(name, profile)) for each, profile in RUNS if each == name]
+    runs = [("smoke", {})] + [(profile, STUDIES[name][0]) for each, profile in RUNS if each == name]
     runs += [("quick", OTHERS[name])] if name in OTHERS else []
     if name == "07_noise_schedule_mnist":
         runs.append(("smoke", UNCOMPARED))
@@ -228,7 +222,7 @@ def stand_in(name: str) -> str:
 def test_a_study_leaves_the_result_of_its_tier_and_the_chapter_reads_it(play, name, profile):
     left = STUDIES[name][1]
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "book" / "results").iterdir()}
-    _, folder = play(name, sizes(name, profile) | {"PROFILE": profile}, stand_in(name))
+    _, folder = play(name, STUDIES[name][0] | {"PROFILE": profile}, stand_in(name))
     record = json.loads((folder / f"{left[profile]}.json").read_text())
     assert record["tier"] == record["provenance"]["parameters"]["PROFILE"] == profile
     assert [path.name for path in folder.glob("*.json")] == [f"{left[profile]}.json"]

@@ -316,8 +316,8 @@ def test_tilts_are_merged_when_every_prompt_is_there(tmp_path, monkeypatch, caps
             plan.path_of(work, name), json.dumps(found | {"result": row | {"said": "", "cost": 5, "seed": 0}}).encode()
         )
     (path,) = merge.merge(work, directory=tmp_path)
-    record = results.read_result("05_tilts_full", tmp_path)
-    assert path.name == "05_tilts_full.json" and record["data"]["prompts"] == rows
+    record = results.read_result("05_curves_full", tmp_path)
+    assert path.name == "05_curves_full.json" and record["data"]["prompts"] == rows
     assert record["provenance"]["cost"]["units"] == 40 and record["tier"] == "full"
     plan.path_of(work, "tilts-a_thin_six").unlink()
     assert merge.merge(work, directory=tmp_path) == []

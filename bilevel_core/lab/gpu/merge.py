@@ -128,7 +128,7 @@ def _race(found: Mapping[str, Any], directory: str | Path | None) -> Path | None
 
 def _tilts(found: Mapping[str, Any], directory: str | Path | None) -> Path | None:
     """The exact tilts of every test prompt, each with its certificate."""
-    name, parts = "05_tilts_full", {key: part for key, part in found.items() if key.startswith("tilts-")}
+    name, parts = "05_curves_full", {key: part for key, part in found.items() if key.startswith("tilts-")}
     rows = {part["result"]["prompt"]: part["result"] for part in parts.values()}
     missing = [prompt for prompt in tilted_truth.TEST if prompt not in rows]
     if missing:
