@@ -38,6 +38,8 @@ from nbformat import NotebookNode
 import landing
 import pages
 from bilevel_core.lab import files, parameters, results
+from bilevel_core.lab.explorers.worker import pack_script, runtime
+from bilevel_core.lab.studies import live_figures
 from meter import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,6 +296,7 @@ def stage(
         nbformat.write(nb, src / "notebooks" / f"{name}.ipynb")
     shutil.copy(ROOT / "_toc.yml", src)
     vendor_mathjax(src / "_vendor" / "jslib" / "mathjax")
+    write_live(src / "_vendor" / "live")
     shutil.move(src / "book" / "site.css", src / "_vendor" / "site.css")
     config = {**config, "repository": {"url": address.url if address else "", "branch": "colab"}}
     if address is None or address.colab("") is None:
@@ -314,6 +317,14 @@ def vendor_mathjax(target: Path) -> None:
         (target / part).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (mathjax / part).is_dir() else shutil.copy
         copy(mathjax / part, target / part)
+
+
+def write_live(target: Path) -> None:
+    """What the live figures' buttons load: the runtime, and each pack of weights, as scripts."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "runtime.js").write_text(runtime()[0], encoding="utf-8")
+    for pack in live_figures.pack_files():
+        (target / f"{pack.name}.js").write_text(pack_script(pack), encoding="utf-8")
 
 
 def build_site(src: Path, site: Path, finish: Callable[[Path], None] = lambda html: None) -> Path:

@@ -105,15 +105,19 @@ class Explorer:
             f" At its first setting: {shown}." if shown else ""
         )
         caption = f'<div class="blx-caption">{markup(self.caption, True)}</div>' if self.caption else ""
-        element, given = f"blx-{self.name}", "(values, data, memo, format)"
+        element, given, extra = f"blx-{self.name}", "(values, data, memo, format)", self.extra()
         return (
             f"<style>{css}</style>"
             f'<div class="blx" id="{element}" role="figure" aria-label="{html.escape(self.alt, quote=True)}">'
             f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</div>'
             f"<script>{runtime}\n"
-            f'window.{key}.mount("{element}", {embed_json(spec)}, {given} => {{\n{_slim(self.js)}\n}});'
+            f'window.{key}.mount("{element}", {embed_json(spec)}, {given} => {{\n{_slim(self.js)}\n}}{extra});'
             "</script>"
         )
+
+    def extra(self) -> str:
+        """A last argument of the runtime's `mount`, after a comma: what a figure adds to the page by itself."""
+        return ""
 
     # ---- with a kernel ------------------------------------------------------------------------------------------
     def figure(self, result: dict[str, Any], width: float = 9.0) -> Any:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import schedules
 from ...algorithms import ScoreTraining, train_score
 from ...guidance import LevelDenoiser
-from ...samplers import sample_ddim
+from ...samplers import sample_ddim, timesteps
 from ...schedule_learning import learn_grid
 from ...schedules import ANGLE
 from ...seeds import derive_seed
@@ -30,6 +31,7 @@ from ..training import checkpointed
 from . import networks
 
 NAME = "level_denoiser"
+MARKED = ("learned", "cosine")  # grids: the learned one, and that of the cosine schedule that ends at 0.95
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def load() -> LevelDenoiser:
     return LevelDenoiser(network.eval().requires_grad_(False), abar).eval()
 
 
-def marks(network: LevelDenoiser, abar: Tensor, n: int, seed: int) -> dict[str, float]:
+def mark(network: LevelDenoiser, abar: Tensor, n: int, seed: int) -> float:
     """The Frechet distance of n images drawn at the levels abar (N+1,) to MNIST's validation split."""
     classifier, drawn = networks.load_classifier("mnist8"), []
     for first in range(0, n, 500):
@@ -85,7 +87,7 @@ def marks(network: LevelDenoiser, abar: Tensor, n: int, seed: int) -> dict[str, 
             x = sample_ddim(network.on(abar), x, abar, [*range(len(abar) - 1, 0, -1)]).clamp(-1, 1)
             drawn.append(classifier.features(x))
     real = distances.moments(networks.reference_features("mnist8", "val"))
-    return {"frechet": round(distances.frechet(distances.moments(torch.cat(drawn)), real).item(), 4), "n": n}
+    return round(distances.frechet(distances.moments(torch.cat(drawn)), real).item(), 4)
 
 
 def grid(recipe: Recipe, network: LevelDenoiser, N: int) -> Tensor:
@@ -125,8 +127,14 @@ def make(recipe: Recipe, folder: Path, work_dir: Path, say: Callable[[str], None
         about = asdict(recipe) | {"N": N, "weights": hashlib.sha256(content).hexdigest()}
         path = work_dir / f"{NAME}_grid_{N}.safetensors"
         learned = files.kept(path, about, lambda N=N: {"abar": grid(recipe, trained, N)})["abar"].double()
-        shown[str(N)] = {"abar": learned.tolist()} | marks(trained, learned, recipe.marked, recipe.seed)
-        say(f"{N} steps: Frechet distance {shown[str(N)]['frechet']}")
+        usual = schedules.abar(torch.tensor((0.0, 0.95, 1.0, 0.008), dtype=torch.float64), recipe.T)
+        usual = usual[[0, *reversed(timesteps(recipe.T, N))]]
+        found = {
+            name: mark(trained, table, recipe.marked, recipe.seed)
+            for name, table in zip(MARKED, (learned, usual), strict=True)
+        }
+        shown[str(N)] = {"abar": learned.tolist()} | found
+        say(f"{N} steps: Frechet distances {found}")
     card = {
         "recipe": asdict(recipe),
         "data": "MNIST: 50,000 training images (data.load), 8x8",
