@@ -52,6 +52,7 @@ function connect(figure, ready) {
       await ask({ ask: "load", wasm: bytes(runtime.wasm), pack: bytes(pack.safetensors), checksum: live.checksum });
       button.remove();
       say("ready");
+      figure.root.explorer.ask = ask;
       await ready(ask);
     } catch (error) {
       if (worker) worker.terminate();

@@ -82,8 +82,8 @@ def pull_explorer(prompts: Mapping[str, Pulled], untuned: Tensor, pack: Pack) ->
         [
             Panel("untuned", "Untuned: what the pre-trained model draws", kind="images", wide=True),
             Panel("tilted", "Tilted: the same chains at this λ", kind="images", wide=True),
-            Panel("clip", "What we want", "λ: strong pull on the left", "E CLIP score", **axis),
-            Panel("pull", "What pulls", "λ: strong pull on the left", "E z, in sd of p_{0}", **axis),
+            Panel("clip", "What we want", "λ: strong pull on the left", "E CLIP score", ylim=(0, 80), **axis),
+            Panel("pull", "What pulls", "λ: strong pull on the left", "E z, in sd of p_{0}", ylim=(-2, 8), **axis),
         ],
         compute,
         read_asset("pull.js"),

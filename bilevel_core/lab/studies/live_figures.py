@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,13 +32,17 @@ def record_scales(prompts: Sequence[str], folder: Path, tier: str = "recorded", 
 
     folder  of the draws, which are kept there;  options: of `tilted_truth.problem`, such as draws
     """
-    chain = Chain.shipped()
+    began, chain = time.perf_counter(), Chain.shipped()
     found = [tilted_truth.problem(chain, prompt, folder=folder, **options) for prompt in prompts]
     scales = {one.prompt: {"mean": one.pull.mean, "sd": one.pull.sd, "at": one.pull.at} for one in found}
     about = {name: value for name, value in found[0].about.items() if name in ("scale", "steps", "eta", "draws")}
     cost = sum(one.about["draws"] for one in found) * found[0].G.cost
-    said = "mean and standard deviation of the measured attribute, signed towards the word, under p_0 of what it hears"
-    return results.write_result(SCALES, tier, {"scales": scales}, about, seeds=0, cost=cost, wall_s=0.0, protocol=said)
+    said = (
+        "mean and standard deviation of the measured attribute, signed towards the word, under p_0 of what it hears; "
+    )
+    said += "seconds since the last start: draws that were there are read"
+    spent = {"cost": cost, "wall_s": time.perf_counter() - began}
+    return results.write_result(SCALES, tier, {"scales": scales}, about, seeds=0, protocol=said, **spent)
 
 
 @functools.cache
@@ -75,7 +80,7 @@ def pull(curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None) -> e
     if unknown:
         raise ValueError(f"no scale is recorded for {', '.join(sorted(unknown))}: call record_scales for all prompts")
     prompts = {prompt: pulled(prompt, scale, curves.get(prompt, ())) for prompt, scale in found.items()}
-    chain = Chain.shipped()
+    chain = Chain(networks.load_text_denoiser(), text_models.abar(text_models.RECIPES["denoiser"]))
     first = next(iter(prompts.values())).heard
     untuned = chain.decode(chain.sample(first, 8, derive_seed("untuned", 0))[0])[:, 0]
     return explorers.pull_explorer(prompts, untuned, _pack("digits"))
