@@ -24,7 +24,7 @@ _IDLE = "Nothing runs yet. The button loads the network; then each release of a 
 def cosine_levels(start: float, end: float, tau: float, N: int, seen: tuple[float, float]) -> Tensor:
     """The angles of the cosine schedule at the trailing grid of N steps, rising, kept within those seen; (<= N,)."""
     q = torch.tensor([start, end, tau, EPSILON], dtype=torch.float64)
-    abar = schedules.abar_from_betas(schedules.betas(q, T, "cosine", "plain"))
+    abar = schedules.abar(q, T)
     level = schedules.angle(abar[timesteps(T, N)[::-1]])
     return torch.unique(level.clamp(*seen))
 
