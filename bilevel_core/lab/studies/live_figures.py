@@ -24,6 +24,7 @@ from ..models.chains import Chain
 from . import tilted_truth
 
 SCALES = "05_pulls"  # the recorded result that holds the scales of the lower rewards
+TILTS = "05_tilts"  # the recorded result that may hold "curves"
 ATTRIBUTES = {1: ("thinness", "boldness", "boldness"), 2: ("lean to the left", "uprightness", "lean to the right")}
 
 
@@ -73,9 +74,20 @@ def pulled(prompt: str, scale: Mapping[str, float], curve: Sequence[Mapping[str,
     return Pulled(heard, told, ATTRIBUTES[2 if slanted else 1][place], curve)
 
 
+def recorded_curves() -> dict[str, Sequence[Mapping[str, float]]]:
+    """The curves of the recorded tilts, prompt -> rows as `Truth.curve` returns them; none where none is recorded."""
+    try:
+        return results.read_result(TILTS)["data"].get("curves", {})
+    except FileNotFoundError:
+        return {}
+
+
 def pull(curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None) -> explorers.LiveExplorer:
-    """The figure of chapter 5. curves: prompt -> rows of "lam", "clip" and "pull", as `Truth.curve` returns them."""
-    curves, found = curves or {}, _scales()
+    """The figure of chapter 5. curves: prompt -> rows of "lam", "clip" and "pull"; None: `recorded_curves`.
+
+    Prompts without a curve are offered without one. Raises ValueError for a prompt whose scale is not recorded.
+    """
+    curves, found = recorded_curves() if curves is None else curves, _scales()
     unknown = set(curves) - set(found)
     if unknown:
         raise ValueError(f"no scale is recorded for {', '.join(sorted(unknown))}: call record_scales for all prompts")

@@ -17,7 +17,7 @@ from bilevel_core import samplers, schedules
 from bilevel_core.lab import distances, explorers
 from bilevel_core.lab.explorers import worker
 from bilevel_core.lab.explorers.grid import START, cosine_levels, mosaic
-from bilevel_core.lab.models import captions, classifiers, clip, level_model, networks, packs, text_models
+from bilevel_core.lab.models import captions, clip, level_model, networks, packs, text_models
 from bilevel_core.lab.models.chains import Chain
 from bilevel_core.lab.studies import live_figures, tilted_truth
 from bilevel_core.tempering import noise_map
@@ -40,21 +40,24 @@ def grid() -> explorers.LiveExplorer:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, pull, grid) -> Path:
-    """A site of one page for each figure, to be opened from the disk."""
-    site = tmp_path_factory.mktemp("site")
-    lay(site, pull, grid)
-    return site
+def pull_site(tmp_path_factory, pull) -> Path:
+    """A site of one page, to be opened from the disk."""
+    return lay(tmp_path_factory.mktemp("pull"), pull)
 
 
-def lay(site: Path, *figures: explorers.LiveExplorer) -> None:
+@pytest.fixture(scope="module")
+def grid_site(tmp_path_factory, grid) -> Path:
+    return lay(tmp_path_factory.mktemp("grid"), grid)
+
+
+def lay(site: Path, figure: explorers.LiveExplorer) -> Path:
     live = site / "_static" / "live"
     live.mkdir(parents=True)
     (site / "notebooks").mkdir()
     (live / "runtime.js").write_text(worker.runtime()[0])
-    for figure in figures:
-        (live / f"{figure.pack.name}.js").write_text(worker.pack_script(figure.pack))
-        (site / "notebooks" / f"{figure.name}.html").write_text(document(figure))
+    (live / f"{figure.pack.name}.js").write_text(worker.pack_script(figure.pack))
+    (site / "notebooks" / f"{figure.name}.html").write_text(document(figure))
+    return site
 
 
 def opened(page, folder: Path, name: str, load: bool = True):
@@ -165,20 +168,24 @@ def test_levels_of_the_sliders_are_those_of_the_core():
 
 # ---- the same numbers -----------------------------------------------------------------------------------------------
 @pytest.mark.browser
-def test_before_the_button_the_page_agrees_with_python(page, folder, pull, grid):
-    for figure, settings in (
-        (pull, [{}, {"lam": 0.1, "prompt": "a thin six"}]),
-        (grid, [{}, {"end": 0.7, "tau": 2.0, "N": 9}, {"end": 1.0}]),
-    ):
-        root = opened(page, folder, figure.name, load=False)
-        for values in settings:
-            ours = root.evaluate("(node, values) => node.explorer.compute(values)", {**figure.defaults(), **values})
-            assert_same(ours, figure.evaluate(**values), f"{figure.name} at {values}")
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("pull", [{}, {"lam": 0.1, "prompt": "a thin six"}]),
+        ("grid", [{}, {"end": 0.7, "tau": 2.0, "N": 9}, {"end": 1.0}]),
+    ],
+)
+def test_before_the_button_the_page_agrees_with_python(page, request, name, settings):
+    figure = request.getfixturevalue(name)
+    root = opened(page, request.getfixturevalue(f"{name}_site"), name, load=False)
+    for values in settings:
+        ours = root.evaluate("(node, values) => node.explorer.compute(values)", {**figure.defaults(), **values})
+        assert_same(ours, figure.evaluate(**values), f"{name} at {values}")
 
 
 @pytest.mark.browser
-def test_digits_and_rewards_agree_with_python(page, folder, pull):
-    root = opened(page, folder, "pull")
+def test_digits_and_rewards_agree_with_python(page, pull_site, pull):
+    root = opened(page, pull_site, "pull")
     denoiser, model = halved(networks.load_text_denoiser()), halved(clip.load())
     chain = Chain(denoiser, text_models.abar(text_models.RECIPES["denoiser"]))
     generator = torch.Generator().manual_seed(0)
@@ -217,8 +224,8 @@ def test_digits_and_rewards_agree_with_python(page, folder, pull):
 
 
 @pytest.mark.browser
-def test_small_digits_and_their_distance_agree_with_python(page, folder):
-    root = opened(page, folder, "grid")
+def test_small_digits_and_their_distance_agree_with_python(page, grid_site):
+    root = opened(page, grid_site, "grid")
     network, classifier = level_model.load(), halved(networks.load_classifier("mnist8"))
     halved(network.network)
     real = distances.moments(networks.reference_features("mnist8", "val"))
@@ -233,10 +240,10 @@ def test_small_digits_and_their_distance_agree_with_python(page, folder):
 
 # ---- what a reader does ---------------------------------------------------------------------------------------------
 @pytest.mark.browser
-def test_nothing_is_loaded_until_the_button_is_pressed(page, folder):
+def test_nothing_is_loaded_until_the_button_is_pressed(page, pull_site):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    root = opened(page, folder, "pull", load=False)
+    root = opened(page, pull_site, "pull", load=False)
     page.wait_for_timeout(300)
     assert [url for url in asked if "live/" in url] == []
     assert re.fullmatch(r"Load the model \(\d\.\d MB\)", root.locator(".blx-load").inner_text())
@@ -245,12 +252,12 @@ def test_nothing_is_loaded_until_the_button_is_pressed(page, folder):
 
 
 @pytest.mark.browser
-def test_play_gathers_means_follows_the_slider_and_resets(page, folder):
-    root = opened(page, folder, "pull")
+def test_play_gathers_means_follows_the_slider_and_resets(page, pull_site):
+    root = opened(page, pull_site, "pull")
     state = "document.querySelector('#blx-pull').explorer.result()"
     points = f"{state}.clip.filter((line) => line.label === 'yours')"
     root.locator(".blx-once").click()
-    root.locator(".blx-readout", has_text="sweeps\n1").wait_for()
+    root.locator(".blx-readout", has_text="sweeps1").wait_for()
     assert "Paused" in said(root)
     root.locator(".blx-play").press("Enter")  # by keyboard
     page.wait_for_function(f"{points}.length === 1", timeout=60_000)
@@ -270,8 +277,8 @@ def test_play_gathers_means_follows_the_slider_and_resets(page, folder):
 
 
 @pytest.mark.browser
-def test_a_hidden_tab_pauses(page, folder):
-    root = opened(page, folder, "pull")
+def test_a_hidden_tab_pauses(page, pull_site):
+    root = opened(page, pull_site, "pull")
     hide = """(on) => { Object.defineProperty(document, "hidden", { get: () => on, configurable: true });
       document.dispatchEvent(new Event("visibilitychange")); }"""
     sweeps = "Number(document.querySelectorAll('#blx-pull .blx-readout span:last-child')[1].innerText)"
@@ -302,9 +309,9 @@ def test_a_slow_machine_has_fewer_chains_and_says_so(new_page, tmp_path, pull):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_grids_by_slider_by_hand_and_learned_on_a_phone(new_page, folder, grid, scheme):
+def test_grids_by_slider_by_hand_and_learned_on_a_phone(new_page, grid_site, grid, scheme):
     page = new_page(viewport={"width": 375, "height": 800}, has_touch=True, is_mobile=True, color_scheme=scheme)
-    root = opened(page, folder, "grid")
+    root = opened(page, grid_site, "grid")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     state, handles = "document.querySelector('#blx-grid').explorer.result()", root.locator("[role=slider].blx-handle")
 
@@ -376,22 +383,11 @@ def test_damaged_weights_are_named_and_can_be_tried_again(browser, tmp_path, gri
 @pytest.mark.parametrize(
     "lacking", ["delete window.WebAssembly", "WebAssembly.validate = () => false", "delete window.Worker"]
 )
-def test_without_webassembly_the_recorded_figure_stays(page, folder, lacking):
+def test_without_webassembly_the_recorded_figure_stays(page, grid_site, lacking):
     page.add_init_script(lacking)
-    root = opened(page, folder, "grid", load=False)
+    root = opened(page, grid_site, "grid", load=False)
     assert "no WebAssembly" in said(root) and root.locator(".blx-load").count() == 0
     assert root.locator("canvas").count() == 1
     root.get_by_role("slider", name="τ").press("ArrowRight")  # curves still follow
     settle(page)
     assert page.evaluate("document.querySelector('#blx-grid').explorer.values().tau") == 1.05
-
-
-def test_the_shipped_denoiser_is_told_the_angle():
-    network, card = level_model.load(), networks.card(level_model.NAME)
-    assert network.scale is schedules.ANGLE and list(network.seen) == pytest.approx(card["seen"])
-    for N, row in card["grids"].items():
-        assert (
-            len(row["abar"]) == int(N) + 1 and row["abar"][0] == 1 and row["abar"] == sorted(row["abar"], reverse=True)
-        )
-        assert 0 < row["learned"] < row["cosine"]
-    assert classifiers.RECIPES["mnist8"].name == "mnist8"
