@@ -124,7 +124,7 @@ def make(recipe: Recipe, folder: Path, work_dir: Path, say: Callable[[str], None
     content, shown = save(weights), {}
     trained = LevelDenoiser(state.ema.module.network.eval().requires_grad_(False), abar, seen=network.seen).eval()
     for N in recipe.grids:
-        about = files.plain(asdict(recipe)) | {"N": N, "weights": hashlib.sha256(content).hexdigest()}
+        about = json.loads(json.dumps(asdict(recipe))) | {"N": N, "weights": hashlib.sha256(content).hexdigest()}
         path = work_dir / f"{NAME}_grid_{N}.safetensors"
         learned = files.kept(path, about, lambda N=N: {"abar": grid(recipe, trained, N)})["abar"].double()
         usual = schedules.abar(torch.tensor((0.0, 0.95, 1.0, 0.008), dtype=torch.float64), recipe.T)
