@@ -92,7 +92,7 @@ def grid_explorer(
                 "N: DDIM steps",
                 "distance",
                 xlim=(1.5, 12.5),
-                ylim=(0, 20),
+                ylim=(0, 12),
             ),
         ],
         compute,
@@ -117,8 +117,9 @@ def grid_explorer(
             "An 8×8 denoiser that is told the noise level, as angle = arccos √ᾱ, trained once and left as it is; in "
             "your browser. The sliders take the levels of a cosine schedule; each level can be dragged, or moved by "
             "the arrow keys. DDIM, η = 0, from the same 64 draws of N(0, I) each time. Distance: of the classifier's "
-            f"features, to MNIST's validation split. Lines: recorded, {marked:,} images each. Points: your 64, whose "
-            "distance is larger for their small number alone: 64 real images have that of the thin line."
+            "features, to MNIST's validation split, by which the grids were learned. Lines: recorded, "
+            f"{marked:,} images each. Points: your 64, whose distance is larger for their small number alone: 64 real "
+            "images have that of the thin line."
         ),
         alt=(
             "Live figure: sliders and draggable marks set the noise levels that a sampler visits; a mosaic of 64 small "

@@ -2,7 +2,7 @@
 const { el, svg, base, memo, values, data, request, put, reset, root, panels } = figure;
 const run = (memo.run = { points: [], found: null, busy: false }), half = Math.PI / 2, GAP = 0.004;
 const box = el("div", { class: "blx-panel blx-wide" }, el("div", { class: "blx-panel-title" }, "The levels that the sampler visits"));
-const canvas = svg("svg", { role: "group", "aria-label": "Noise levels, as shares of pi/2: drag, or use the arrow keys", height: 58 });
+const canvas = svg("svg", { role: "group", "aria-label": "Noise levels, as shares of pi/2: drag, or use the arrow keys", width: "100%", height: 58 });
 box.append(canvas, el("div", { class: "blx-note" }, "angle/(π/2): 0 is the image, 1 is noise"));
 panels.prepend(box);
 const learned = el("button", { type: "button", class: "blx-learned" }, "Learned grid");
