@@ -28,10 +28,13 @@ TILTS = "05_tilts"  # the recorded result that may hold "curves"
 ATTRIBUTES = {1: ("thinness", "boldness", "boldness"), 2: ("lean to the left", "uprightness", "lean to the right")}
 
 
-def record_scales(prompts: Sequence[str], folder: Path, tier: str = "recorded", **options: object) -> Path:
+def record_scales(
+    prompts: Sequence[str], folder: Path, tier: str = "recorded", directory: Path | None = None, **options: object
+) -> Path:
     """Records mean and standard deviation, under p_0, of what each prompt's lower reward measures.
 
-    folder  of the draws, which are kept there;  options: of `tilted_truth.problem`, such as draws
+    folder     of the draws, which are kept there;  options: of `tilted_truth.problem`, such as draws
+    directory  of the result, see `results.write_result`
     """
     began, chain = time.perf_counter(), Chain.shipped()
     found = [tilted_truth.problem(chain, prompt, folder=folder, **options) for prompt in prompts]
@@ -42,7 +45,7 @@ def record_scales(prompts: Sequence[str], folder: Path, tier: str = "recorded", 
         "mean and standard deviation of the measured attribute, signed towards the word, under p_0 of what it hears; "
     )
     said += "seconds since the last start: draws that were there are read"
-    spent = {"cost": cost, "wall_s": time.perf_counter() - began}
+    spent = {"cost": cost, "wall_s": time.perf_counter() - began, "directory": directory}
     return results.write_result(SCALES, tier, {"scales": scales}, about, seeds=0, protocol=said, **spent)
 
 

@@ -14,7 +14,7 @@ import torch
 from explorer_page import assert_same, document, settle
 
 from bilevel_core import samplers, schedules
-from bilevel_core.lab import distances, explorers
+from bilevel_core.lab import distances, explorers, results
 from bilevel_core.lab.explorers import worker
 from bilevel_core.lab.explorers.grid import START, cosine_levels, mosaic
 from bilevel_core.lab.models import captions, clip, level_model, networks, packs, text_models
@@ -164,6 +164,21 @@ def test_levels_of_the_sliders_are_those_of_the_core():
     assert cosine_levels(0.0, 1.0, 3.0, 12, (0.01, 1.0)).max() == 1.0  # what it has not seen is left out
     tiles = mosaic(torch.arange(1, 4, dtype=torch.float64)[:, None, None].expand(3, 2, 2))
     assert tiles.tolist() == [[1, 1, 0, 2, 2]] * 2 + [[0] * 5] + [[3, 3, 0, 0, 0]] * 2
+
+
+def test_scales_are_those_of_the_problems(tmp_path):
+    path = live_figures.record_scales(["a thin six"], tmp_path / "draws", "smoke", tmp_path, draws=20)
+    scale = results.read_result(path.stem, tmp_path)["data"]["scales"]["a thin six"]
+    problem = tilted_truth.problem(Chain.shipped(), "a thin six", draws=20, folder=tmp_path / "draws")
+    assert scale == {"mean": problem.pull.mean, "sd": problem.pull.sd, "at": problem.pull.at}
+    recorded = results.read_result("05_pulls")["data"]["scales"]
+    assert set(tilted_truth.TEST) <= set(recorded) and recorded["a thin six"]["mean"] == pytest.approx(-2.78, abs=0.01)
+
+
+def test_recorded_curves_are_drawn_where_there_are_any(monkeypatch):
+    assert all(row["clip"] for rows in live_figures.recorded_curves().values() for row in rows)
+    monkeypatch.setattr(results, "read_result", lambda name: {"data": {"curves": {"a bold four": CURVE}}})
+    assert live_figures.recorded_curves() == {"a bold four": CURVE}
 
 
 # ---- the same numbers -----------------------------------------------------------------------------------------------
