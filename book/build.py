@@ -387,6 +387,7 @@ def write_pages(status: dict[str, Any], names: list[str], address: Address | Non
     return {
         "citation": pages.citation(cff, address.url if address else None),
         "moving-figure": f"`````{{raw}} html\n{landing.figure()}\n`````",
+        "live-figure": f"`````{{raw}} html\n{live_figures.pull().html()}\n`````",
         "chapters": pages.chapter_map(listed, status, full, pages.verdicts(), badge),
         "gpu-plan": pages.gpu_plan(records),
         "status": pages.status_page(status, [other for other in others if "peak_gib" in other], listed, records),
