@@ -1,4 +1,4 @@
-"""Dead weight off the built site: scripts, style rules, glyphs and maps that no page uses.
+"""Dead weight off the built site: scripts, style rules, glyphs and maps that no page uses; pictures with palettes.
 
 The theme draws a dozen icons by a script of 1.5 MB and two fonts, and gives every page the search index, for a search
 that is switched off. Icons come from the theme's own style rules instead, in a font of just their glyphs.
@@ -6,6 +6,7 @@ that is switched off. Icons come from the theme's own style rules instead, in a 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,10 @@ TOKEN = re.compile(
 
 
 def lighten(html: Path) -> None:
-    """Takes from the site in the folder what no page of it uses. Raises ValueError where the theme has changed."""
+    """Takes from the site in the folder what no page of it uses, and shrinks its pictures.
+
+    Raises ValueError where the theme has changed.
+    """
     pages = {page: page.read_text(encoding="utf-8") for page in html.rglob("*.html")}
     for page, text in pages.items():
         if f"_static/{ICONS}" in text:
@@ -33,7 +37,7 @@ def lighten(html: Path) -> None:
         left.unlink(missing_ok=True)
     own = [path for path in static.rglob("*.js") if not {"jslib", "live", "locales"} & set(path.parts)]
     words = set(re.findall(r"[A-Za-z_][\w-]*", " ".join([*pages.values(), *(path.read_text("utf-8") for path in own)])))
-    for sheet in sorted((static / "styles").glob("*.css")):
+    for sheet in sorted(static.rglob("*.css")):
         text = purge(sheet.read_text(encoding="utf-8"), words)
         sheet.write_text(FONT.sub(r'url(\1\2.woff) format("woff")', text), encoding="utf-8")
     styles = " ".join(path.read_text(encoding="utf-8") for path in static.rglob("*.css"))
@@ -43,6 +47,8 @@ def lighten(html: Path) -> None:
         subset(font, glyphs)
     if "webfonts" not in styles or ".woff2" in styles:
         raise ValueError("the theme's styles name its icons' fonts in another way: bring book/light.py up to date")
+    for image in sorted((html / "_images").glob("*.png")):
+        shrink(image)
 
 
 def without_scripts(text: str, names: Iterable[str]) -> str:
@@ -101,6 +107,22 @@ def _selectors(head: str) -> list[str]:
         else:
             parts[-1] += character
     return parts
+
+
+def shrink(image: Path, most: int = 24) -> None:
+    """Gives an opaque PNG a palette: exact up to 256 colours, else if no channel moves by more than `most` of 255."""
+    from PIL import Image, ImageChops
+
+    with Image.open(image) as found:
+        if found.mode == "P" or ("A" in found.getbands() and found.getchannel("A").getextrema() != (255, 255)):
+            return
+        plain, density = found.convert("RGB"), found.info.get("dpi")
+    fewer = plain.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    if max(high for _, high in ImageChops.difference(plain, fewer.convert("RGB")).getextrema()) <= most:
+        stream = io.BytesIO()
+        fewer.save(stream, "PNG", optimize=True, **({"dpi": density} if density else {}))
+        if len(stream.getvalue()) < image.stat().st_size:
+            image.write_bytes(stream.getvalue())
 
 
 def subset(font: Path, glyphs: set[int]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import light
 
@@ -74,3 +76,19 @@ def test_a_theme_that_names_its_fonts_otherwise_is_an_error(site):
     sheet.write_text(sheet.read_text().replace("),url(", "), url("))
     with pytest.raises(ValueError, match="bring book/light.py up to date"):
         light.lighten(site)
+
+
+def test_pictures_keep_their_colours(tmp_path):
+    flat = Image.new("RGBA", (90, 90), (250, 10, 10, 255))
+    flat.paste((1, 2, 3, 255), (5, 5, 60, 60))
+    noise = Image.frombytes("RGB", (90, 90), random.Random(0).randbytes(3 * 90 * 90))
+    clear = Image.new("RGBA", (90, 90), (0, 0, 0, 0))
+    for name, image in {"flat": flat, "noise": noise, "clear": clear}.items():
+        path = tmp_path / f"{name}.png"
+        image.save(path, "PNG", compress_level=0, dpi=(144, 144))
+        before = path.read_bytes()
+        light.shrink(path)
+        with Image.open(path) as now:
+            assert now.convert("RGBA").tobytes() == image.convert("RGBA").tobytes(), name
+            assert round(now.info["dpi"][0]) == 144
+        assert (len(path.read_bytes()) < len(before) / 10) == (name == "flat")
