@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from bilevel_core.lab.explorers import engine
+
 ICONS = "scripts/fontawesome.js"
 ONLY_FOR_SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")
 FONT = re.compile(
@@ -26,9 +28,14 @@ def lighten(html: Path) -> None:
 
     Raises ValueError where the theme has changed.
     """
+    _, runtime, styles = engine.assets()
     pages = {page: page.read_text(encoding="utf-8") for page in html.rglob("*.html")}
+    once = [f"<style>{styles}</style>", runtime]  # a page with several explorers needs them once
     for page, text in pages.items():
-        if f"_static/{ICONS}" in text:
+        for piece in once:
+            first, found, rest = text.partition(piece)
+            text = first + found + rest.replace(piece, "")
+        if text != pages[page] or f"_static/{ICONS}" in text:
             unused = (ICONS,) if page.name == "search.html" else (ICONS, *ONLY_FOR_SEARCH)
             pages[page] = without_scripts(text, unused)
             page.write_text(pages[page], encoding="utf-8")

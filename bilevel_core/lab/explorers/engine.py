@@ -91,7 +91,7 @@ class Explorer:
     # ---- without a kernel ---------------------------------------------------------------------------------------
     def html(self) -> str:
         """The explorer as HTML that stands alone: styles, runtime, constants and the JavaScript, nothing fetched."""
-        key, runtime, css = _assets()
+        key, runtime, css = assets()
         spec = {
             "title": self.title,
             "controls": [_control_spec(control) for control in self.controls],
@@ -166,7 +166,7 @@ def _slim(source: str) -> str:
 
 
 @functools.cache
-def _assets() -> tuple[str, str, str]:
+def assets() -> tuple[str, str, str]:
     """The runtime's global name (with a hash, so that two versions can share a page), its source, the styles."""
     runtime, css = read_asset("engine.js"), read_asset("engine.css")
     dark = "".join(f"--blx-{name}:{colour};" for name, colour in _COLOURS.items())
