@@ -15,7 +15,7 @@ from explorer_page import assert_same, document, settle
 
 from bilevel_core import samplers, schedules
 from bilevel_core.lab import distances, explorers, results
-from bilevel_core.lab.explorers import worker
+from bilevel_core.lab.explorers import engine, worker
 from bilevel_core.lab.explorers.grid import START, cosine_levels, mosaic
 from bilevel_core.lab.models import captions, clip, level_model, networks, packs, text_models
 from bilevel_core.lab.models.chains import Chain
@@ -251,6 +251,58 @@ def test_small_digits_and_their_distance_agree_with_python(page, grid_site):
         with torch.no_grad():
             distance = distances.frechet(distances.moments(classifier.features(images)), real).item()
         assert found["distance"] == pytest.approx(distance, rel=CLOSE)
+
+
+# ---- pieces of the worker, by themselves ----------------------------------------------------------------------------
+def piece(page, file: str, expression: str, *given):
+    """The value of an expression of (given) after one of the worker's files, in a page of nothing."""
+    page.goto("about:blank")
+    body = f"([source, given]) => new Function('given', source + ';return ' + {json.dumps(expression)})(given)"
+    return page.evaluate(body, [engine.read_asset(file), given])
+
+
+@pytest.mark.browser
+def test_half_precision_is_read_exactly(page):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    wanted = bits.view(torch.float16).float()
+    finite = wanted.isfinite()
+    found = piece(page, "layers.js", "Array.from({length: 65536}, (_, i) => half(i)).filter(Number.isFinite)")
+    assert torch.equal(torch.tensor(found), wanted[finite])
+    special = piece(
+        page, "layers.js", "[half(0x7c00) === Infinity, half(0xfc00) === -Infinity, half(0x7e00)].map(String)"
+    )
+    assert special == ["true", "true", "NaN"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("length", [0, 3, 55, 56, 63, 64, 65, 1000])
+def test_checksums_are_sha256(page, length):
+    content = bytes(i * 7 % 256 for i in range(length))
+    found = piece(page, "worker.js", "sha256(Uint8Array.from(given[0]))", list(content))
+    assert found == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.browser
+def test_moves_in_noise_leave_the_tilted_law_as_it_is(page):
+    """r = z_1 under N(0, I): the tilt at lam is N(1/lam, 1) in z_1 and N(0, 1) in z_2; within four standard errors."""
+    run = """(async () => {
+      const rows = (z) => Array.from({ length: z.length / 2 }, (_, j) => [z[2 * j], z[2 * j + 1]]);
+      const look = async (z) => ({ r: rows(z).map(([a]) => a), other: rows(z).map(([, b]) => b) });
+      const tilt = new Tilt(look, 400, 2, new Random(3)), out = [];
+      await tilt.start();
+      for (let k = 0; k < 300; k += 1) {
+        const { s, share } = await tilt.sweep(0.8, k, 40);
+        if (k >= 60) out.push([tilt.now.r.slice(), tilt.now.other.slice(), s, share]);
+      }
+      return out;
+    })()"""
+    rows = piece(page, "sampler.js", run)
+    assert len({row[2] for row in rows}) == 1 and sum(row[3] for row in rows) / len(rows) == pytest.approx(0.3, abs=0.1)
+    for column, mean in ((0, 1 / 0.8), (1, 0.0)):
+        values = torch.tensor([row[column] for row in rows], dtype=torch.float64)  # (sweeps, chains)
+        for power, wanted in ((1, mean), (2, 1 + mean**2)):
+            chains = values.pow(power).mean(0)
+            assert abs(chains.mean() - wanted) < 4 * chains.std() / len(chains) ** 0.5, (column, power)
 
 
 # ---- what a reader does ---------------------------------------------------------------------------------------------
