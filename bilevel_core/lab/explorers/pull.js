@@ -42,6 +42,7 @@ if (run) {
   message = run.hidden ? "Paused while this tab is hidden." : !run.playing ? "Paused. Play goes on from here." : !at || at.k < data.warmup
     ? `Warming up at this λ: sweep ${at ? at.k : 0} of ${data.warmup}.`
     : "Each sweep proposes a move to every chain; the means gather.";
+  if (at && at.climb > data.climb) [message, warn] = ["At this λ the chains still climb: the means are of chains on their way.", true];
   if (run.chains < data.chains) message += ` A sweep of ${data.chains} chains would take too long here: there are ${run.chains}.`;
 }
 if (live.phase === "loading" || live.phase === "failed") [message, warn] = [live.said, live.phase === "failed"];

@@ -16,6 +16,7 @@ from .worker import LiveExplorer, Pack, read_asset
 CHAINS = 8
 WARMUP = 10  # sweeps at a strength before its means
 PATIENCE = 6000  # milliseconds of a sweep, above which there are half as many chains
+CLIMB = 2.5  # standard errors by which the later sweeps exceed the earlier ones, from which the figure warns
 _IDLE = "Nothing runs yet. The button loads the networks; then your browser draws these digits itself."
 
 
@@ -99,6 +100,7 @@ def pull_explorer(prompts: Mapping[str, Pulled], untuned: Tensor, pack: Pack) ->
             "chains": CHAINS,
             "warmup": WARMUP,
             "patience": PATIENCE,
+            "climb": CLIMB,
             "seed": 0,
         },
         run=read_asset("pull_run.js"),
@@ -110,7 +112,8 @@ def pull_explorer(prompts: Mapping[str, Pulled], untuned: Tensor, pack: Pack) ->
             "probability min(1, exp((r′ − r)/λ)): their pictures follow p_{0} exp(r_{low}/λ), exactly in the long run. "
             "r_{low} = 5 tanh(z/5) of the measured attribute z in standard deviations of p_{0}, which hears all of the "
             f"prompt but that word. Means are over the sweeps after the first {WARMUP} at a λ; bars are 1.96 standard "
-            "errors, from the chains, and say nothing of pictures that no chain has reached."
+            "errors, from the chains, and say nothing of pictures that no chain has reached: at small λ they climb for "
+            "long, and the figure says so where it sees it."
         ),
         alt=(
             "Live figure: a button loads the networks; a menu sets the prompt, a slider lambda; eight digits drift, "

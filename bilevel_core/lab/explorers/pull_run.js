@@ -31,6 +31,7 @@ async function sweep() {
   }
   const point = run.point, found = await ask({ ask: "sweep", lam, k: point.k, warmup: data.warmup });
   point.k += 1;
+  point.climb = found.climb;
   point.taken += found.taken.filter(Boolean).length;
   if (point.k > data.warmup) {
     point.n += 1;

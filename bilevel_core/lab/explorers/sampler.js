@@ -78,8 +78,23 @@ class Tilt {
     }
     const share = taken.filter(Boolean).length / chains;
     if (k < warmup) this.logS = Math.min(0, this.logS + (share - this.accept) / Math.sqrt(1 + k));
-    return { taken, share, s };
+    if (k === 0) this.kept = [];
+    if (k >= warmup) this.kept.push([...now.r]);
+    return { taken, share, s, climb: climb(this.kept) };
   }
+}
+// By how many standard errors, over the chains, the later half of the rows (sweeps x chains) exceeds the earlier one
+function climb(rows) {
+  const half = rows.length >> 1;
+  if (half < 5) return 0;
+  const rise = rows[0].map((_, j) => {
+    let sum = 0;
+    for (let k = 0; k < half; k += 1) sum += rows[rows.length - 1 - k][j] - rows[k][j];
+    return sum / half;
+  });
+  const C = rise.length, mean = rise.reduce((a, b) => a + b) / C;
+  const se = Math.sqrt(rise.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (C * (C - 1)));
+  return se > 0 ? mean / se : 0;
 }
 
 // ---- what is measured -------------------------------------------------------------------------------------------------

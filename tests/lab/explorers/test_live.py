@@ -305,6 +305,17 @@ def test_moves_in_noise_leave_the_tilted_law_as_it_is(page):
             assert abs(chains.mean() - wanted) < 4 * chains.std() / len(chains) ** 0.5, (column, power)
 
 
+@pytest.mark.browser
+def test_chains_that_climb_are_noticed(page):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    rising = flat + torch.linspace(0, 2, 40, dtype=torch.float64)[:, None]
+    rise = rising[20:].mean(0) - rising[:20].mean(0)
+    found = piece(page, "sampler.js", "given.map(climb)", *[rows.tolist() for rows in (flat, rising, rising[:9])])
+    assert abs(found[0]) < 2.5 < found[1] == pytest.approx((rise.mean() / rise.std() * 8**0.5).item())
+    assert found[2] == 0  # too few to tell
+
+
 # ---- what a reader does ---------------------------------------------------------------------------------------------
 @pytest.mark.browser
 def test_nothing_is_loaded_until_the_button_is_pressed(page, pull_site):
