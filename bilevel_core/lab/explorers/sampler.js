@@ -57,7 +57,7 @@ class Random {
 // look(z) -> Promise of {r (C,), ...} for z (C, d) as one Float32Array
 class Tilt {
   constructor(look, chains, d, random) {
-    Object.assign(this, { look, chains, d, random, logS: Math.log(0.5), accept: 0.3 });
+    Object.assign(this, { look, chains, d, random, logS: Math.log(0.5), accept: 0.3, kept: [] });
   }
   async start(z = this.random.normal(this.chains * this.d)) {
     this.now = { z, ...(await this.look(z)) };
