@@ -1,0 +1,469 @@
+"""Chapter 7's race of schedules, second edition: networks that are told the noise level, and grids learned for them.
+
+The protocol, fixed before the test split was read:
+
+- Cost unit as in `schedule_race`: one image through one forward 1, backward into the weights 2, into the input 1. Data,
+  network, recipe, batch size and training lengths are those of its first edition, and so are x_T and the samples' mark.
+- OURS: a network told the level, trained once on the fixed density DENSITY, and for each number of steps a grid learned
+  by `learn_grid` against the VALIDATION split. Everything is paid: the grids for all of `few` together are bought with
+  training steps, whichever of them a row uses. Grids for `many` steps are read off the curve through that of the
+  largest of `few` (`refined`), which costs nothing.
+- RIVALS. The same kind of network on each of FIXED_GRIDS, and networks told t, trained on a fixed schedule, as in the
+  first edition. Grids that need a network or the data's moments get them at no charge.
+- Budget "total": all have cost the same, `length` training steps. Ours stops `Plan.paid` steps earlier. A learned
+  schedule of the first edition cost as much: its rows stand beside these as they were recorded.
+- Budget "final": all train equally long, and grids are learned at no charge. For `length` they are those that "total"
+  learned for the other network of the same seed; for `short`, and for the second-order solver, the network's own.
+- Everything starts from N(0, I), eta = 0, and is marked by n samples against both splits; nothing reads the mark of
+  the test split before it is recorded. One seed is one repetition; methods are compared in pairs of one seed.
+- DENSITY and LEARN were chosen on the validation split with seed 9000, at a price that nobody is charged: TUNED names
+  it. FIRST, and the ends between which `align` moves, are guesses. Nothing else was tuned. Seeds are 0 to 4.
+- The run goes through PARTS in their order, from the question to what rounds it off; a result names those it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ... import schedules
+from ...algorithms import ScoreTraining
+from ...guidance import LevelDenoiser
+from ...samplers import draw_x_T, sample_ddim, sample_dpm, timesteps
+from ...schedule_learning import learn_grid
+from ...seeds import derive_seed
+from .. import files, levels, metrics, places, results
+from . import schedule_race, schedule_transfer
+from .schedule_race import FIXED
+from .schedule_transfer import GaussianImages
+from .setting import IMAGES, Setting, real_features, same_protocol, train_denoiser, training_end
+
+OURS, EARLY, CLOSED = "learned grid", "cosine, end 0.95", "Gaussian schedule"
+PARTS = ("total", "grids", "short", "more", "told t", "second order")
+SOLVERS = {"DDIM": sample_ddim, "DPM-Solver++(2M)": sample_dpm}
+LEARN = {"steps": 20, "samples": 64, "rate": 0.1}  # of one grid
+FIRST = EARLY  # where the first of them starts
+TUNED = (
+    "one network of seed 9000 for each of three densities (s = 1, 0.5, 0.3) and two stretches of the embedding, 1,000 "
+    "steps each, and the learning of grids for them by 64 to 256 samples: about 2.5 million cost units"
+)
+DENSITY = levels.Density(s=0.5)  # of training levels: uniform in atan(tan(angle)/s)
+SEEN = tuple(schedules.angle(DENSITY.abar()[[1, -1]]).tolist())  # the angles that a network so trained knows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the experiment; the defaults are those of the recorded run.
+
+    name           one of `setting.IMAGES`
+    short, length  training steps: of a quick look, and of the race, where they are the whole budget
+    few, many      numbers of steps: for which a grid is learned; for which it is refined
+    learn          of one grid: "steps" of Adam, "samples" in each, "rate"
+    fine, pairs    levels and images by which `align` measures a network
+    n              samples of a mark
+    """
+
+    name: str = "mnist8"
+    T: int = 1000
+    batch_size: int = 128
+    short: int = 1000
+    length: int = 2790
+    few: tuple[int, ...] = (3, 5, 10)
+    many: tuple[int, ...] = (20, 50)
+    learn: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(LEARN))
+    fine: int = 64
+    pairs: int = 500
+    n: int = 5000
+
+    def __post_init__(self):
+        if self.name not in IMAGES:
+            raise ValueError(f"data {self.name!r} is not one of {', '.join(IMAGES)}")
+        if not self.few or list(self.few) != sorted(set(self.few)) or self.few[0] < 1:
+            raise ValueError(f"few = {self.few} must be numbers of steps, rising")
+        if self.paid >= self.length:
+            raise ValueError(f"the grids cost {self.price:,}, all of {self.length} training steps: learn them by less")
+
+    @property
+    def price(self) -> int:
+        """Of the learned grids, all of `few` together."""
+        return sum(int(2 * steps * self.learn["steps"] * self.learn["samples"]) for steps in self.few)
+
+    @property
+    def paid(self) -> int:
+        """The training steps that they cost."""
+        return math.ceil(self.price / (3 * self.batch_size))
+
+
+# ---------------------------------------------------------------- grids that nobody learned, abar (N+1,)
+
+
+def within(abar: Tensor, ends: tuple[float, float] = SEEN) -> Tensor:
+    """A grid (N+1,) with what lies beyond the angles `ends` moved there. Raises ValueError unless levels then rise."""
+    level = schedules.angle(schedules.check_abar(abar)[1:]).clamp(*ends)
+    if not (level.diff() > 0).all():
+        raise ValueError(f"levels must rise strictly within the angles {ends}; found {level.tolist()}")
+    return torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)])
+
+
+def _grid(rising: Tensor) -> Tensor:
+    """Of signal levels (N,) that rise, as `schedule_transfer` has them."""
+    return within(torch.cat([rising, torch.ones(1, dtype=torch.float64)]).flip(0))
+
+
+def of_schedule(kind: str, q: Sequence[float], steps: int, T: int = 1000) -> Tensor:
+    """The levels of a schedule at the usual times."""
+    table = schedules.abar(torch.tensor(q, dtype=torch.float64), T, kind)
+    return within(table[[0, *reversed(timesteps(T, steps))]])
+
+
+def ruled(rule: str, sigmas: tuple[float, float], steps: int) -> Tensor:
+    """By a rule of `schedule_transfer.spaced` between two noise-to-signal ratios."""
+    return _grid(schedule_transfer.spaced(1 / (1 + torch.tensor((0.0, *sigmas)).double().square()), steps, rule))
+
+
+def constant_rate(problem: GaussianImages, steps: int, fine: int = 4096) -> Tensor:
+    """Equal changes of the noisy images' law (Okada et al., arXiv 2411.12188), by the Fréchet distance of its moments.
+
+    int v = i/N at level i, v^2 = |mean|^2 (d cos/d angle)^2 + sum_k (d/d angle sqrt(s_k^2 cos^2 + sin^2))^2, over the
+    angles that networks see.
+    """
+    v, s2 = torch.linspace(*SEEN, fine, dtype=torch.float64), problem.s**2
+    cos, sin = torch.cos(v)[:, None], torch.sin(v)[:, None]
+    rate = ((1 - s2) * sin * cos / (s2 * cos**2 + sin**2).sqrt()).square().sum(1)
+    rate = (rate + problem.mean.square().sum() * sin[:, 0] ** 2).sqrt()
+    way = torch.cat([rate.new_zeros(1), ((rate[1:] + rate[:-1]) / 2).cumsum(0)])
+    wanted = way[-1] * torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    i = torch.searchsorted(way, wanted).clamp(1, fine - 1)
+    level = v[i - 1] + (wanted - way[i - 1]) / (way[i] - way[i - 1]) * (v[i] - v[i - 1])
+    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)]))
+
+
+ALIGN = (0.03, 80.0)  # noise-to-signal ratios between which `align` moves its levels
+
+
+@torch.no_grad()
+def changes(network: Callable, x0: Tensor, fine: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Angles (M,) and E |x0_hat(x_i) - x0_hat(x_j)|^2 (M, M) along the forward process of images x0, by one path each.
+
+    network  (x, level) -> eps_hat
+    """
+    low, high = (math.atan(sigma) for sigma in ALIGN)
+    level = torch.linspace(low, high, fine, dtype=torch.float64).clamp(*SEEN)
+    generator, sigma = torch.Generator().manual_seed(seed), torch.tan(level)
+    more = torch.cat([sigma[:1] ** 2, (sigma**2).diff()]).sqrt()
+    hats, x = [], x0.double()
+    for v, step in zip(level, more, strict=True):
+        x = x + step * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+        x_t = (torch.cos(v) * x).float()
+        eps_hat = network(x_t, v.float().reshape(1))
+        hats.append(((x_t - torch.sin(v).float() * eps_hat) / torch.cos(v).float()).flatten().double())
+    hats = torch.stack(hats)
+    gram = hats @ hats.T / len(x0)
+    return level, (gram.diag()[:, None] + gram.diag() - 2 * gram).clamp(min=0)
+
+
+def align(level: Tensor, change: Tensor, steps: int) -> Tensor:
+    """The grid with the least bound of Align Your Steps (Sabour et al., arXiv 2404.14507), among levels (M,).
+
+    sum over steps from sigma_j to sigma_i of int_i^j E |x0_hat(sigma) - x0_hat(sigma_j)|^2 dsigma/sigma^3, exactly
+    least, by dynamic programming over what `changes` measured; from the highest level down to the lowest, after which
+    the last step goes to the clean image: of N + 1 levels the lowest stands for it.
+    """
+    M, sigma = len(level), torch.tan(level)
+    if not 1 <= steps < M:
+        raise ValueError(f"steps = {steps} must be at least 1 and below the {M} levels")
+    cell = torch.cat([(sigma[:-1] ** -2 - sigma[1:] ** -2) / 2, sigma.new_zeros(1)])
+    sums = torch.cat([change.new_zeros(1, M), (cell[:, None] * change).cumsum(0)])
+    cost = sums.diagonal()[None, :] - sums[:-1]  # [i, j]: of a step from j down to i
+    cost = torch.where(torch.ones(M, M, dtype=torch.bool).triu(1), cost, math.inf)
+    best, came = torch.full((M,), math.inf, dtype=torch.float64), []
+    best[0] = 0.0
+    for _ in range(steps):
+        best, back = (best[:, None] + cost).min(0)
+        came.append(back)
+    j, chosen = M - 1, []
+    for back in reversed(came):
+        chosen.append(j)
+        j = int(back[j])
+    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level[chosen[::-1]])]))
+
+
+def refined(grid: Tensor, steps: int) -> Tensor:
+    """A grid of another number of steps on the monotone curve (PCHIP) through the angles of `grid` (N+1,) over i/N."""
+    from scipy.interpolate import PchipInterpolator
+
+    angle = torch.cat([grid.new_zeros(1), schedules.angle(grid[1:])])
+    curve = PchipInterpolator(torch.linspace(0, 1, len(grid), dtype=torch.float64).numpy(), angle.numpy())
+    level = torch.as_tensor(curve(torch.arange(1, steps + 1).numpy() / steps))
+    level = torch.maximum(level, SEEN[0] * (1 + torch.arange(steps) / (4 * steps)))  # apart, where they are too low
+    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)]))
+
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {name: partial(of_schedule, *FIXED[name]) for name in FIXED} | {
+    "cosine, end 0.999, tau 0.5": partial(of_schedule, "cosine", (0.0, 0.999, 0.5, 0.008)),
+    "EDM, rho = 7": partial(ruled, "Karras", (math.tan(SEEN[0]), 80.0)),  # its own lowest is 0.002
+    "uniform log-SNR": partial(ruled, "log-SNR", tuple(math.tan(end) for end in SEEN)),
+}
+OF_THE_DATA = ("Gaussian, best grid", "constant rate")
+FIXED_GRIDS = (*GRIDS, *OF_THE_DATA, "aligned steps")
+
+
+# ---------------------------------------------------------------- the race
+
+
+@dataclass
+class Race(Setting):
+    """The experiment at one size, on a CPU. Every result is a piece in `folder`: a killed race goes on where it was.
+
+    bar: progress bars;  force: allows too few samples for a distance, for tests
+    """
+
+    plan: Plan
+    folder: Path
+    bar: bool = False
+    force: bool = False
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @cached_property
+    def problem(self) -> GaussianImages:
+        """The training images as a Gaussian."""
+        return GaussianImages.of(self.x0)
+
+    def config(self, **others: object) -> dict:
+        """What a piece must share with this code."""
+        plan = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.plan).items()}
+        return plan | {"classifier": self.classifier_hash} | others
+
+    def schedule(self, told: str) -> Tensor:
+        """abar (T+1,) that a network is trained on: "level", or the name of a fixed schedule."""
+        if told == "level":
+            return DENSITY.abar()
+        if told == CLOSED:
+            q = schedule_transfer.best_schedule(self.problem, self.plan.few[-1], self.plan.T)[0]
+            return schedules.abar(q, self.plan.T)
+        kind, q = FIXED[told]
+        return schedules.abar(torch.tensor(q, dtype=torch.float64), self.plan.T, kind)
+
+    def trained(self, told: str, steps: int, seed: int) -> ScoreTraining:
+        """A denoiser that is told the level, or t on a fixed schedule; resumable."""
+        scale = schedules.ANGLE if told == "level" else None
+        name = _slug(told, steps, seed)
+        bar = f"{name}: training" if self.bar else None
+        options = {"steps": steps, "batch_size": self.plan.batch_size, "seed": seed, "scale": scale, "bar": bar}
+        path = self.folder / f"network_{name}.safetensors"
+        return train_denoiser(self.x0, self.schedule(told), self.size, **options, path=path)
+
+    def network(self, told: str, steps: int, seed: int) -> torch.nn.Module:
+        """Its moving average, frozen."""
+        return self.trained(told, steps, seed).ema.module.eval().requires_grad_(False)
+
+    def learned(self, train_steps: int, seed: int, steps: int, solver: str = "DDIM") -> dict:
+        """The grid of `learn_grid` for a network told the level: "grid", "start", "f" at each step, "cost".
+
+        It starts from the learned grid of the next smaller number of steps, refined; the smallest from `FIRST`.
+        """
+        plan, name = self.plan, _slug("grid", train_steps, seed, steps, "" if solver == "DDIM" else "second")
+        smaller = [n for n in plan.few if n < steps]
+
+        def compute() -> dict:
+            network, start = self.network("level", train_steps, seed), GRIDS[FIRST](steps)
+            if smaller:
+                found = self.learned(train_steps, seed, smaller[-1], solver)["grid"]
+                start = refined(torch.tensor(found, dtype=torch.float64), steps)
+            like, f = self.x0[: int(plan.learn["samples"])], []
+            options = {"steps": int(plan.learn["steps"]), "rate": plan.learn["rate"], "sampler": SOLVERS[solver]}
+            for record in learn_grid(network, start, self.quality, like, **options, seed=derive_seed("grids", seed)):
+                f.append(record.f)
+            return {"grid": record.mean.tolist(), "start": start.tolist(), "f": f, "cost": record.cost}
+
+        config = self.config(train_steps=train_steps, seed=seed, steps=steps, solver=solver, first=FIRST)
+        return files.piece(self.folder / f"{name}.json", config, compute)
+
+    def fixed(self, name: str, steps: int, network: LevelDenoiser | None = None) -> Tensor:
+        """One of FIXED_GRIDS, (N+1,); "aligned steps" are those of a network."""
+        if name in GRIDS:
+            return GRIDS[name](steps)
+        if name == "Gaussian, best grid":
+            return _grid(schedule_transfer.best_levels(self.problem, steps)[0])
+        if name == "constant rate":
+            return constant_rate(self.problem, steps)
+        if name != "aligned steps" or network is None:
+            raise ValueError(f"grid {name!r} is not one of {', '.join(FIXED_GRIDS)}, or lacks its network")
+        seed = derive_seed("align", 0)
+        return align(*changes(network.network, self.x0[: self.plan.pairs], self.plan.fine, seed), steps)
+
+    @torch.no_grad()
+    def mark(self, denoiser: Callable, abar: Tensor, ts: list[int], seed: int, solver: str) -> dict[str, float]:
+        """Fréchet distance of n samples to the validation and to the test split, from the x_T of `setting.generate`."""
+        features = []
+        for start in range(0, self.plan.n, 500):
+            g = torch.Generator().manual_seed(derive_seed("generate", seed, start))
+            x = draw_x_T((min(500, self.plan.n - start), 1, self.side, self.side), abar, generator=g)
+            features.append(self.classifier.features(SOLVERS[solver](denoiser, x, abar, ts).clamp(-1, 1)).double())
+        features = torch.cat(features)
+        splits = {split: real_features(self.name, split) for split in ("val", "test")}
+        return {k: metrics.frechet(features, real, force=self.force) for k, real in splits.items()}
+
+    def marks(
+        self, told: str, train_steps: int, seed: int, grids: Mapping[str, Mapping], **about: object
+    ) -> list[dict]:
+        """Rows of one network on grids, by name {"steps": ..., "grid": ..., "search_cost": ...}; a piece for each.
+
+        A network told t has one grid, that of its schedule, where "grid" is None.
+        """
+        rows, solver, fast = [], about.get("solver", "DDIM"), []
+
+        def compute(steps: int, grid: Sequence[float] | None) -> dict:
+            state = self.trained(told, train_steps, seed)
+            if not fast:
+                network = state.ema.module.eval()
+                fast.append(self.sampler(network.network if told == "level" else network))
+            abar, ts, denoiser = self.schedule(told), timesteps(self.plan.T, steps), fast[0]
+            if grid is not None:
+                table = torch.tensor(grid, dtype=torch.float64)
+                denoiser, abar, ts = LevelDenoiser(fast[0], table, seen=SEEN), table, [*range(steps, 0, -1)]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "abar_T =")  # starts at N(0, I), whatever abar_T
+                return self.mark(denoiser, abar, ts, seed, solver) | training_end(state)
+
+        for key, one in grids.items():
+            config = self.config(told=told, train_steps=train_steps, seed=seed, solver=solver, **one)
+            name = _slug("mark", told, train_steps, seed, key, "" if solver == "DDIM" else "second")
+            found = files.piece(self.folder / f"{name}.json", config, partial(compute, one["steps"], one["grid"]))
+            row = {
+                "told": "level" if told == "level" else "t",
+                "solver": solver,
+                "seed": seed,
+                "budget": "total",
+            } | about
+            row |= {"train_steps": train_steps, "method": told} | dict(one)
+            rows.append(row | {k: found[k] for k in ("val", "test", "train_cost", "loss", "wall_s")})
+        return rows
+
+    def on_grids(self, train_steps: int, seed: int, names: Sequence[str], numbers: Sequence[int], **about: object):
+        """Rows of a network told the level on fixed grids."""
+        network = self.network("level", train_steps, seed)
+        one = {(n, N): self.fixed(n, N, network).tolist() for n in names for N in numbers if n != OURS}
+        return self.marks("level", train_steps, seed, _grids(one), **about)
+
+    def ours(
+        self, train_steps: int, seed: int, numbers: Sequence[int], learned_on: int, charged: bool, **about: object
+    ) -> list[dict]:
+        """Rows of a network told the level on the grids that were learned for the network of `learned_on` steps."""
+        solver, largest, one = about.get("solver", "DDIM"), self.plan.few[-1], {}
+        for N in numbers:
+            found = self.learned(learned_on, seed, N if N in self.plan.few else largest, solver)
+            grid = torch.tensor(found["grid"], dtype=torch.float64)
+            one[OURS, N] = (grid if N in self.plan.few else refined(grid, N)).tolist()
+        cost = self.plan.price if charged else 0
+        return self.marks("level", train_steps, seed, _grids(one, cost), **about)
+
+    def told_t(self, name: str, train_steps: int, seed: int, numbers: Sequence[int], **about: object) -> list[dict]:
+        """Rows of a network told t, on its own schedule."""
+        grids = {f"{name} {N}": {"steps": N, "grid": None, "search_cost": 0} for N in numbers}
+        return self.marks(name, train_steps, seed, grids, **about)
+
+    def part(self, part: str, seed: int) -> list[dict]:
+        """The rows of one of PARTS."""
+        plan = self.plan
+        less, few, every = plan.length - plan.paid, plan.few, (*plan.few, *plan.many)
+        if part == "total":
+            return self.ours(less, seed, few, less, True) + self.told_t(EARLY, plan.length, seed, few)
+        if part == "grids":
+            rows = self.on_grids(plan.length, seed, FIXED_GRIDS, few)
+            return rows + self.ours(plan.length, seed, few, less, False, budget="final")
+        if part == "more":
+            rows = self.ours(less, seed, plan.many, less, True) + self.told_t(EARLY, plan.length, seed, plan.many)
+            return rows + self.on_grids(plan.length, seed, FIXED_GRIDS, plan.many)
+        if part == "short":
+            rows = self.ours(plan.short, seed, few, plan.short, False, budget="final")
+            rows += self.told_t(EARLY, plan.short, seed, few, budget="final")
+            return rows + self.on_grids(plan.short, seed, FIXED_GRIDS, few, budget="final")
+        if part == "told t":
+            names = (CLOSED, *(name for name in FIXED if name != EARLY))
+            return [row for one in names for row in self.told_t(one, plan.length, seed, every)]
+        if part == "second order":
+            about = {"solver": "DPM-Solver++(2M)", "budget": "final"}
+            return self.ours(plan.length, seed, few, plan.length, False, **about) + self.on_grids(
+                plan.length, seed, FIXED_GRIDS, few, **about
+            )
+        raise ValueError(f"part {part!r} is not one of {', '.join(PARTS)}")
+
+    def run(self, seeds: Sequence[int], parts: Sequence[str] = PARTS) -> dict[str, object]:
+        """The experiment: "rows", and the "grids" that were learned for "total"."""
+        jobs = [(part, seed) for part in parts for seed in seeds]
+        jobs = tqdm(jobs, "grid race", disable=not self.bar)
+        rows = [{"part": part} | row for part, seed in jobs for row in self.part(part, seed)]
+        less = self.plan.length - self.plan.paid
+        found = [{"seed": seed, "steps": N} | self.learned(less, seed, N) for seed in seeds for N in self.plan.few]
+        for one in found:
+            del one["config"]
+        return {"rows": rows, "grids": found, "parts": list(parts)}
+
+    def protocol(self) -> dict[str, object]:
+        """What a recorded result must share with this code, and its plan; JSON-able."""
+        return about() | {"plan": self.config(), "pieces": "resumable; wall_s is the sum of theirs"}
+
+
+def _grids(one: Mapping[tuple[str, int], Sequence[float]], cost: int = 0) -> dict[str, dict]:
+    return {
+        f"{name} {N}": {"method": name, "steps": N, "grid": grid, "search_cost": cost}
+        for (name, N), grid in one.items()
+    }
+
+
+_slug = schedule_race._slug
+
+
+def about() -> dict[str, object]:
+    """Everything but the sizes."""
+    grids = {"fixed": list(FIXED_GRIDS), "align": list(ALIGN), "tuned": TUNED, "first": FIRST}
+    return grids | {"density": [DENSITY.s, *DENSITY.ends], "told t": [EARLY, CLOSED, *FIXED]}
+
+
+def check_protocol(found: Mapping[str, object]) -> None:
+    """Raises ValueError, naming what differs, if a result was made by another protocol than this module's."""
+    same_protocol(found, about(), "run `python -m bilevel_core.lab.studies.grid_race`")
+
+
+def record(race: Race, seeds: Sequence[int], parts: Sequence[str]) -> Path:
+    """Runs the race, or finds its pieces, and writes the book's result."""
+    found = race.run(seeds, parts)
+    trained = {(r["method"] if r["told"] == "t" else "", r["train_steps"], r["seed"]): r for r in found["rows"]}
+    units = sum(r["train_cost"] for r in trained.values()) + sum(g["cost"] for g in found["grids"])
+    units += sum(race.plan.n * r["steps"] for r in found["rows"])
+    wall = sum(r["wall_s"] for r in (*found["rows"], *found["grids"]))
+    options = {"seeds": list(seeds), "wall_s": wall, "cost": units, "protocol": race.protocol()}
+    return results.write_result("07_grids", "recorded", found, {"PROFILE": "recorded"}, **options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", default="", help="where the pieces go; default BILEVEL_WORK_DIR, else _runs")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--no-record", action="store_true", help="make the pieces, and write no result")
+    options = parser.parse_args(arguments)
+    race = Race(Plan(), places.work_dir(options.work_dir) / "grid_race", bar=True)
+    if options.no_record:
+        race.run(range(options.seeds), options.parts)
+    else:
+        print(record(race, range(options.seeds), options.parts))
+
+
+if __name__ == "__main__":
+    main()
