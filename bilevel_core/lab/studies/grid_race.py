@@ -43,10 +43,11 @@ from ...samplers import draw_x_T, sample_ddim, sample_dpm, timesteps
 from ...schedule_learning import learn_grid
 from ...seeds import derive_seed
 from .. import files, levels, metrics, places, results
-from . import schedule_race, schedule_transfer
+from ..models import networks
+from . import baselines, schedule_race, schedule_transfer
 from .schedule_race import FIXED
 from .schedule_transfer import GaussianImages
-from .setting import IMAGES, Setting, real_features, same_protocol, train_denoiser, training_end
+from .setting import IMAGES, Setting, generate, real_features, same_protocol, train_denoiser, training_end
 
 OURS, EARLY, CLOSED = "learned grid", "cosine, end 0.95", "Gaussian schedule"
 PARTS = ("total", "grids", "short", "more", "told t", "second order")
@@ -414,6 +415,18 @@ class Race(Setting):
             del one["config"]
         return {"rows": rows, "grids": found, "parts": list(parts)}
 
+    @torch.no_grad()
+    def store(self, path: Path, seed: int, count: int = 10) -> None:
+        """Keeps in one file what `restore` gives back: our network of "total", its grids, and its images by each."""
+        less, tensors = self.plan.length - self.plan.paid, {}
+        network = self.network("level", less, seed)
+        for N in self.plan.few:
+            grid = torch.tensor(self.learned(less, seed, N)["grid"], dtype=torch.float64)
+            images = generate(network.on(grid), grid, [*range(N, 0, -1)], count, self.side, eta=0.0, seed=seed)
+            tensors |= {f"grid|{N}": grid, f"images|{N}": ((images + 1) * 127.5).round().byte()}
+        tensors |= {f"network|{name}": value for name, value in network.network.state_dict().items()}
+        files.save_state(path, tensors, {"size": self.size, "seed": seed, "seen": SEEN})
+
     def protocol(self) -> dict[str, object]:
         """What a recorded result must share with this code, and its plan; JSON-able."""
         return about() | {"plan": self.config(), "pieces": "resumable; wall_s is the sum of theirs"}
@@ -440,6 +453,42 @@ def check_protocol(found: Mapping[str, object]) -> None:
     same_protocol(found, about(), "run `python -m bilevel_core.lab.studies.grid_race`")
 
 
+def restore(path: Path) -> tuple[LevelDenoiser, dict[int, Tensor], dict[int, Tensor]]:
+    """What `Race.store` kept: the network, frozen, on its training levels; grids (N+1,) and images, uint8, by N."""
+    tensors, about = files.load_state(path)
+    parts: dict[str, dict] = {part: {} for part in ("network", "grid", "images")}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("|")
+        parts[part][rest if part == "network" else int(rest)] = tensor
+    network = networks.Denoiser(about["size"], told="angle")
+    network.load_state_dict(parts["network"])
+    network = LevelDenoiser(network.eval().requires_grad_(False), DENSITY.abar(), seen=tuple(about["seen"]))
+    return network.eval(), parts["grid"], parts["images"]
+
+
+def standing(
+    rows: Sequence[Mapping], steps: int, *, split: str = "test", **wanted: object
+) -> dict[str, baselines.Summary]:
+    """Every method beside ours at a number of steps, by paired differences over seeds, best first.
+
+    wanted  what rows must have, by default budget="total" and solver="DDIM". A network told t says so in its name
+    """
+    wanted = {"budget": "total", "solver": "DDIM", "steps": steps} | wanted
+    kept = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    kept = [row | {"method": row["method"] + ", told t" * (row["told"] == "t"), "prompt": ""} for row in kept]
+    found = baselines.summarise([row | {"regret": row[split]} for row in kept], reference=OURS)
+    return {one.method: one for one in sorted(found, key=lambda one: one.regret.mean)}
+
+
+def pays_from(total: float, final: float) -> float:
+    """From how many trainings K a grid that is learned once pays; infinity: never.
+
+    total, final  a rival's distance minus ours at equal total cost (K = 1) and where the grid costs nothing: between
+                  them the share 1/K of its price is charged to each training, and the difference taken as linear in it
+    """
+    return 1 if total > 0 else math.inf if final <= 0 else math.floor((final - total) / final) + 1
+
+
 def record(race: Race, seeds: Sequence[int], parts: Sequence[str]) -> Path:
     """Runs the race, or finds its pieces, and writes the book's result."""
     found = race.run(seeds, parts)
@@ -448,7 +497,9 @@ def record(race: Race, seeds: Sequence[int], parts: Sequence[str]) -> Path:
     units += sum(race.plan.n * r["steps"] for r in found["rows"])
     wall = sum(r["wall_s"] for r in (*found["rows"], *found["grids"]))
     options = {"seeds": list(seeds), "wall_s": wall, "cost": units, "protocol": race.protocol()}
-    return results.write_result("07_grids", "recorded", found, {"PROFILE": "recorded"}, **options)
+    path = results.write_result("07_grids", "recorded", found, {"PROFILE": "recorded"}, **options)
+    race.store(path.with_suffix(".safetensors"), min(seeds))
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

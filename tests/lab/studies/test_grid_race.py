@@ -324,3 +324,47 @@ def test_the_copy_that_samples_is_the_network(race):
         for level in (0.0123, 0.777, 1.5):
             wanted = network.network(x, torch.tensor([level]))
             torch.testing.assert_close(fast(x, torch.tensor([level])), wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what is told of it
+
+
+def test_what_is_stored_comes_back(race, tmp_path):
+    race.store(tmp_path / "kept.safetensors", 0, count=2)
+    network, grids, images = grid_race.restore(tmp_path / "kept.safetensors")
+    own = race.network("level", PLAN.length - PLAN.paid, 0)
+    assert set(grids) == set(images) == set(PLAN.few) and network.seen == grid_race.SEEN
+    x, grid = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), grids[3]
+    found = samplers.sample_ddim(network.on(grid), x, grid, [3, 2, 1])
+    assert torch.equal(found, samplers.sample_ddim(own.on(grid), x, grid, [3, 2, 1]))
+    assert images[3].shape == (2, 1, 8, 8) and images[3].dtype == torch.uint8
+
+
+def rows_of(**values):
+    about = {"told": "level", "solver": "DDIM", "budget": "total", "steps": 5}
+    return [
+        about | {"method": method, "seed": seed, "test": value, "val": 0.0}
+        for method, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+
+
+def test_methods_stand_in_order_with_paired_differences():
+    rows = rows_of(linear=[3.0, 3.1, 3.2], sigmoid=[1.0, 1.4, 1.2]) + [
+        row | {"method": grid_race.OURS} for row in rows_of(ours=[1.0, 1.1, 1.2])
+    ]
+    rows += [row | {"told": "t", "test": 5.0} for row in rows_of(linear=[0, 0, 0])]
+    rows += [row | {"steps": 10} for row in rows_of(other=[0, 0, 0])]
+    found = grid_race.standing(rows, 5)
+    assert list(found) == [grid_race.OURS, "sigmoid", "linear", "linear, told t"]
+    assert found["linear"].verdict == "worse" and found["sigmoid"].verdict == "tie"
+    assert found["linear"].difference.mean == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("total", "final", "wanted"), [(0.1, 0.2, 1), (-0.1, 0.2, 2), (-0.3, 0.1, 5), (-0.1, 0.0, math.inf), (0.0, 0.1, 2)]
+)
+def test_from_how_many_trainings_a_grid_pays(total, final, wanted):
+    assert grid_race.pays_from(total, final) == wanted
+    if wanted not in (1, math.inf):
+        assert final + (total - final) / wanted > 0 >= final + (total - final) / (wanted - 1) - 1e-12
