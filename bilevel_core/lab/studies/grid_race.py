@@ -42,14 +42,15 @@ from ...guidance import LevelDenoiser
 from ...samplers import draw_x_T, sample_ddim, sample_dpm, timesteps
 from ...schedule_learning import learn_grid
 from ...seeds import derive_seed
-from .. import files, levels, metrics, places, results
+from .. import files, metrics, places, results
 from ..models import networks
-from . import baselines, schedule_race, schedule_transfer
+from . import baselines, grids, schedule_race, schedule_transfer
+from .grids import DENSITY, GRIDS, SEEN
 from .schedule_race import FIXED
-from .schedule_transfer import GaussianImages
+from .schedule_transfer import EARLY, GaussianImages
 from .setting import IMAGES, Setting, generate, real_features, same_protocol, train_denoiser, training_end
 
-OURS, EARLY, CLOSED = "learned grid", "cosine, end 0.95", "Gaussian schedule"
+OURS, CLOSED = "learned grid", "Gaussian schedule"
 PARTS = ("total", "grids", "short", "more", "told t", "second order")
 SOLVERS = {"DDIM": sample_ddim, "DPM-Solver++(2M)": sample_dpm}
 LEARN = {"steps": 20, "samples": 64, "rate": 0.1}  # of one grid
@@ -58,8 +59,7 @@ TUNED = (
     "one network of seed 9000 for each of three densities (s = 1, 0.5, 0.3) and two stretches of the embedding, 1,000 "
     "steps each, and the learning of grids for them by 64 to 256 samples: about 2.5 million cost units"
 )
-DENSITY = levels.Density(s=0.5)  # of training levels: uniform in atan(tan(angle)/s)
-SEEN = tuple(schedules.angle(DENSITY.abar()[[1, -1]]).tolist())  # the angles that a network so trained knows
+FIXED_GRIDS = (*GRIDS, "Gaussian, best grid", "constant rate", "aligned steps")
 
 
 @dataclass(frozen=True)
@@ -103,120 +103,6 @@ class Plan:
     def paid(self) -> int:
         """The training steps that they cost."""
         return math.ceil(self.price / (3 * self.batch_size))
-
-
-# ---------------------------------------------------------------- grids that nobody learned, abar (N+1,)
-
-
-def within(abar: Tensor, ends: tuple[float, float] = SEEN) -> Tensor:
-    """A grid (N+1,) with what lies beyond the angles `ends` moved there. Raises ValueError unless levels then rise."""
-    level = schedules.angle(schedules.check_abar(abar)[1:]).clamp(*ends)
-    if not (level.diff() > 0).all():
-        raise ValueError(f"levels must rise strictly within the angles {ends}; found {level.tolist()}")
-    return torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)])
-
-
-def _grid(rising: Tensor) -> Tensor:
-    """Of signal levels (N,) that rise, as `schedule_transfer` has them."""
-    return within(torch.cat([rising, torch.ones(1, dtype=torch.float64)]).flip(0))
-
-
-def of_schedule(kind: str, q: Sequence[float], steps: int, T: int = 1000) -> Tensor:
-    """The levels of a schedule at the usual times."""
-    table = schedules.abar(torch.tensor(q, dtype=torch.float64), T, kind)
-    return within(table[[0, *reversed(timesteps(T, steps))]])
-
-
-def ruled(rule: str, sigmas: tuple[float, float], steps: int) -> Tensor:
-    """By a rule of `schedule_transfer.spaced` between two noise-to-signal ratios."""
-    return _grid(schedule_transfer.spaced(1 / (1 + torch.tensor((0.0, *sigmas)).double().square()), steps, rule))
-
-
-def constant_rate(problem: GaussianImages, steps: int, fine: int = 4096) -> Tensor:
-    """Equal changes of the noisy images' law (Okada et al., arXiv 2411.12188), by the Fréchet distance of its moments.
-
-    int v = i/N at level i, v^2 = |mean|^2 (d cos/d angle)^2 + sum_k (d/d angle sqrt(s_k^2 cos^2 + sin^2))^2, over the
-    angles that networks see.
-    """
-    v, s2 = torch.linspace(*SEEN, fine, dtype=torch.float64), problem.s**2
-    cos, sin = torch.cos(v)[:, None], torch.sin(v)[:, None]
-    rate = ((1 - s2) * sin * cos / (s2 * cos**2 + sin**2).sqrt()).square().sum(1)
-    rate = (rate + problem.mean.square().sum() * sin[:, 0] ** 2).sqrt()
-    way = torch.cat([rate.new_zeros(1), ((rate[1:] + rate[:-1]) / 2).cumsum(0)])
-    wanted = way[-1] * torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    i = torch.searchsorted(way, wanted).clamp(1, fine - 1)
-    level = v[i - 1] + (wanted - way[i - 1]) / (way[i] - way[i - 1]) * (v[i] - v[i - 1])
-    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)]))
-
-
-ALIGN = (0.03, 80.0)  # noise-to-signal ratios between which `align` moves its levels
-
-
-@torch.no_grad()
-def changes(network: Callable, x0: Tensor, fine: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Angles (M,) and E |x0_hat(x_i) - x0_hat(x_j)|^2 (M, M) along the forward process of images x0, by one path each.
-
-    network  (x, level) -> eps_hat
-    """
-    low, high = (math.atan(sigma) for sigma in ALIGN)
-    level = torch.linspace(low, high, fine, dtype=torch.float64).clamp(*SEEN)
-    generator, sigma = torch.Generator().manual_seed(seed), torch.tan(level)
-    more = torch.cat([sigma[:1] ** 2, (sigma**2).diff()]).sqrt()
-    hats, x = [], x0.double()
-    for v, step in zip(level, more, strict=True):
-        x = x + step * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-        x_t = (torch.cos(v) * x).float()
-        eps_hat = network(x_t, v.float().reshape(1))
-        hats.append(((x_t - torch.sin(v).float() * eps_hat) / torch.cos(v).float()).flatten().double())
-    hats = torch.stack(hats)
-    gram = hats @ hats.T / len(x0)
-    return level, (gram.diag()[:, None] + gram.diag() - 2 * gram).clamp(min=0)
-
-
-def align(level: Tensor, change: Tensor, steps: int) -> Tensor:
-    """The grid with the least bound of Align Your Steps (Sabour et al., arXiv 2404.14507), among levels (M,).
-
-    sum over steps from sigma_j to sigma_i of int_i^j E |x0_hat(sigma) - x0_hat(sigma_j)|^2 dsigma/sigma^3, exactly
-    least, by dynamic programming over what `changes` measured; from the highest level down to the lowest, after which
-    the last step goes to the clean image: of N + 1 levels the lowest stands for it.
-    """
-    M, sigma = len(level), torch.tan(level)
-    if not 1 <= steps < M:
-        raise ValueError(f"steps = {steps} must be at least 1 and below the {M} levels")
-    cell = torch.cat([(sigma[:-1] ** -2 - sigma[1:] ** -2) / 2, sigma.new_zeros(1)])
-    sums = torch.cat([change.new_zeros(1, M), (cell[:, None] * change).cumsum(0)])
-    cost = sums.diagonal()[None, :] - sums[:-1]  # [i, j]: of a step from j down to i
-    cost = torch.where(torch.ones(M, M, dtype=torch.bool).triu(1), cost, math.inf)
-    best, came = torch.full((M,), math.inf, dtype=torch.float64), []
-    best[0] = 0.0
-    for _ in range(steps):
-        best, back = (best[:, None] + cost).min(0)
-        came.append(back)
-    j, chosen = M - 1, []
-    for back in reversed(came):
-        chosen.append(j)
-        j = int(back[j])
-    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level[chosen[::-1]])]))
-
-
-def refined(grid: Tensor, steps: int) -> Tensor:
-    """A grid of another number of steps on the monotone curve (PCHIP) through the angles of `grid` (N+1,) over i/N."""
-    from scipy.interpolate import PchipInterpolator
-
-    angle = torch.cat([grid.new_zeros(1), schedules.angle(grid[1:])])
-    curve = PchipInterpolator(torch.linspace(0, 1, len(grid), dtype=torch.float64).numpy(), angle.numpy())
-    level = torch.as_tensor(curve(torch.arange(1, steps + 1).numpy() / steps))
-    level = torch.maximum(level, SEEN[0] * (1 + torch.arange(steps) / (4 * steps)))  # apart, where they are too low
-    return within(torch.cat([torch.ones(1, dtype=torch.float64), schedules.ANGLE.abar(level)]))
-
-
-GRIDS: dict[str, Callable[[int], Tensor]] = {name: partial(of_schedule, *FIXED[name]) for name in FIXED} | {
-    "cosine, end 0.999, tau 0.5": partial(of_schedule, "cosine", (0.0, 0.999, 0.5, 0.008)),
-    "EDM, rho = 7": partial(ruled, "Karras", (math.tan(SEEN[0]), 80.0)),  # its own lowest is 0.002
-    "uniform log-SNR": partial(ruled, "log-SNR", tuple(math.tan(end) for end in SEEN)),
-}
-OF_THE_DATA = ("Gaussian, best grid", "constant rate")
-FIXED_GRIDS = (*GRIDS, *OF_THE_DATA, "aligned steps")
 
 
 # ---------------------------------------------------------------- the race
@@ -284,7 +170,7 @@ class Race(Setting):
             network, start = self.network("level", train_steps, seed), GRIDS[FIRST](steps)
             if smaller:
                 found = self.learned(train_steps, seed, smaller[-1], solver)["grid"]
-                start = refined(torch.tensor(found, dtype=torch.float64), steps)
+                start = grids.refined(torch.tensor(found, dtype=torch.float64), steps)
             like, f = self.x0[: int(plan.learn["samples"])], []
             options = {"steps": int(plan.learn["steps"]), "rate": plan.learn["rate"], "sampler": SOLVERS[solver]}
             for record in learn_grid(network, start, self.quality, like, **options, seed=derive_seed("grids", seed)):
@@ -299,13 +185,13 @@ class Race(Setting):
         if name in GRIDS:
             return GRIDS[name](steps)
         if name == "Gaussian, best grid":
-            return _grid(schedule_transfer.best_levels(self.problem, steps)[0])
+            return grids.of_levels(schedule_transfer.best_levels(self.problem, steps)[0])
         if name == "constant rate":
-            return constant_rate(self.problem, steps)
+            return grids.constant_rate(self.problem, steps)
         if name != "aligned steps" or network is None:
             raise ValueError(f"grid {name!r} is not one of {', '.join(FIXED_GRIDS)}, or lacks its network")
         seed = derive_seed("align", 0)
-        return align(*changes(network.network, self.x0[: self.plan.pairs], self.plan.fine, seed), steps)
+        return grids.align(*grids.changes(network.network, self.x0[: self.plan.pairs], self.plan.fine, seed), steps)
 
     @torch.no_grad()
     def mark(self, denoiser: Callable, abar: Tensor, ts: list[int], seed: int, solver: str) -> dict[str, float]:
@@ -320,7 +206,7 @@ class Race(Setting):
         return {k: metrics.frechet(features, real, force=self.force) for k, real in splits.items()}
 
     def marks(
-        self, told: str, train_steps: int, seed: int, grids: Mapping[str, Mapping], **about: object
+        self, told: str, train_steps: int, seed: int, table: Mapping[str, Mapping], **about: object
     ) -> list[dict]:
         """Rows of one network on grids, by name {"steps": ..., "grid": ..., "search_cost": ...}; a piece for each.
 
@@ -341,24 +227,19 @@ class Race(Setting):
                 warnings.filterwarnings("ignore", "abar_T =")  # starts at N(0, I), whatever abar_T
                 return self.mark(denoiser, abar, ts, seed, solver) | training_end(state)
 
-        for key, one in grids.items():
+        for key, one in table.items():
             config = self.config(told=told, train_steps=train_steps, seed=seed, solver=solver, **one)
             name = _slug("mark", told, train_steps, seed, key, "" if solver == "DDIM" else "second")
             found = files.piece(self.folder / f"{name}.json", config, partial(compute, one["steps"], one["grid"]))
-            row = {
-                "told": "level" if told == "level" else "t",
-                "solver": solver,
-                "seed": seed,
-                "budget": "total",
-            } | about
-            row |= {"train_steps": train_steps, "method": told} | dict(one)
+            row = {"told": "level" if told == "level" else "t", "seed": seed, "train_steps": train_steps}
+            row |= {"solver": solver, "budget": "total", "method": told} | about | dict(one)
             rows.append(row | {k: found[k] for k in ("val", "test", "train_cost", "loss", "wall_s")})
         return rows
 
     def on_grids(self, train_steps: int, seed: int, names: Sequence[str], numbers: Sequence[int], **about: object):
         """Rows of a network told the level on fixed grids."""
         network = self.network("level", train_steps, seed)
-        one = {(n, N): self.fixed(n, N, network).tolist() for n in names for N in numbers if n != OURS}
+        one = {(n, N): self.fixed(n, N, network).tolist() for n in names for N in numbers}
         return self.marks("level", train_steps, seed, _grids(one), **about)
 
     def ours(
@@ -369,14 +250,14 @@ class Race(Setting):
         for N in numbers:
             found = self.learned(learned_on, seed, N if N in self.plan.few else largest, solver)
             grid = torch.tensor(found["grid"], dtype=torch.float64)
-            one[OURS, N] = (grid if N in self.plan.few else refined(grid, N)).tolist()
+            one[OURS, N] = (grid if N in self.plan.few else grids.refined(grid, N)).tolist()
         cost = self.plan.price if charged else 0
         return self.marks("level", train_steps, seed, _grids(one, cost), **about)
 
     def told_t(self, name: str, train_steps: int, seed: int, numbers: Sequence[int], **about: object) -> list[dict]:
         """Rows of a network told t, on its own schedule."""
-        grids = {f"{name} {N}": {"steps": N, "grid": None, "search_cost": 0} for N in numbers}
-        return self.marks(name, train_steps, seed, grids, **about)
+        own = {f"{name} {N}": {"steps": N, "grid": None, "search_cost": 0} for N in numbers}
+        return self.marks(name, train_steps, seed, own, **about)
 
     def part(self, part: str, seed: int) -> list[dict]:
         """The rows of one of PARTS."""
@@ -444,8 +325,8 @@ _slug = schedule_race._slug
 
 def about() -> dict[str, object]:
     """Everything but the sizes."""
-    grids = {"fixed": list(FIXED_GRIDS), "align": list(ALIGN), "tuned": TUNED, "first": FIRST}
-    return grids | {"density": [DENSITY.s, *DENSITY.ends], "told t": [EARLY, CLOSED, *FIXED]}
+    own = {"fixed": list(FIXED_GRIDS), "align": list(grids.ALIGN), "tuned": TUNED, "first": FIRST}
+    return own | {"density": [DENSITY.s, *DENSITY.ends], "told t": [EARLY, CLOSED, *FIXED]}
 
 
 def check_protocol(found: Mapping[str, object]) -> None:
