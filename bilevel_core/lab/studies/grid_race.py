@@ -56,8 +56,8 @@ SOLVERS = {"DDIM": sample_ddim, "DPM-Solver++(2M)": sample_dpm}
 LEARN = {"steps": 20, "samples": 64, "rate": 0.1}  # of one grid
 FIRST = EARLY  # where the first of them starts
 TUNED = (
-    "one network of seed 9000 for each of three densities (s = 1, 0.5, 0.3) and two stretches of the embedding, 1,000 "
-    "steps each, and the learning of grids for them by 64 to 256 samples: about 2.5 million cost units"
+    "six networks of seed 9000, 1,000 steps each: three densities (s = 1, 0.5, 0.3), of two of them with two stretches "
+    "of the embedding, and one told t; learning of grids for them by 64 to 256 samples: about 2.5 million cost units"
 )
 FIXED_GRIDS = (*GRIDS, "Gaussian, best grid", "constant rate", "aligned steps")
 
