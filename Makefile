@@ -26,7 +26,7 @@ help:
 	@echo "make test                   everything that CI checks"
 	@echo "make fast                   lint and the fast unit tests only"
 	@echo "make lab                    JupyterLab on the notebooks"
-	@echo "make bench                  benchmarks of sampling, guidance, training and schedule learning, printed"
+	@echo "make bench                  benchmarks of sampling, guidance, training, schedule learning and live figures"
 	@echo "make sweep NOTEBOOK=... GRID=... OUT=... [WORKERS=1 | CLUSTER=tcp://host:8786]"
 	@echo "                            a notebook with every combination of parameters, resumable, on Dask"
 	@echo "make gpu MINUTES=8 [OUT=folder] [DATA=folder] [FROM=packs] [ONLY='checks race28-*'] [DRY=1]"
@@ -64,6 +64,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/schedule.py
+	$(BIN)/python benchmarks/live.py
 
 WORKERS ?= 1
 sweep: $(READY)

@@ -49,7 +49,7 @@ STUDIES: dict[str, tuple[dict, dict[str, str]]] = {
         {"live_name": "digits8", "live_warm_steps": 5, "live_steps": 2, "live_samples": 70, "study_seeds": 2}
         | {"ablation_seeds": 2, "study_name": "digits8", "T": 50, "batch_size": 16, "warm_steps": 2, "trials": 3}
         | {"trial_steps": 1, "val_samples": 70, "val_steps": 10, "final_steps": 2, "study_samples": 70}
-        | {"study_grids": [10, 20, 50]},
+        | {"study_grids": [10, 20, 50], "live_train_steps": 2},
         {"recorded": "07_noise_schedule_mnist", "full": "07_noise_schedule_mnist_full"},
     ),
     "09_beyond_the_paper": (

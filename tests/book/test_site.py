@@ -68,6 +68,10 @@ EQUATIONS = """() => {
 }"""
 
 
+LOADED = """() => [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")]
+  .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
+
+
 def ready(page, url: str) -> None:
     """Load a page and wait until its mathematics is set."""
     page.goto(url, wait_until="load")
@@ -78,6 +82,7 @@ def ready(page, url: str) -> None:
 def test_page_loads_and_sets_its_mathematics(page, site_url, address):
     # The fixtures assert that nothing was asked of another machine and no error was logged.
     ready(page, f"{site_url}/{address}")
+    assert page.evaluate(LOADED) < 2_000_000
     assert page.locator(".bd-article h1").count() == 1
     written = page.locator(".math").count()
     assert page.locator("mjx-container").count() >= written
@@ -258,6 +263,26 @@ def test_every_download_is_clean(site):
 def test_pages_are_light(site):
     heavy = {address: pages.weight(site / address) for address in PAGES}
     assert max(heavy.values()) < 1_500_000, heavy
+
+
+@pytest.mark.parametrize("address, name", [(PAGES[0], "pull"), (NOTEBOOK_PAGES[6], "grid")])
+def test_a_live_figure_runs_from_the_disk(browser, site, address, name):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((site / address).as_uri())
+    figure = page.locator(f"#blx-{name}")
+    figure.locator(".blx-load").click()
+    figure.locator(".blx-readout", has_text="second").wait_for(timeout=120_000)
+    assert figure.locator("canvas").count() == {"pull": 16, "grid": 1}[name]
+    page.close()
+
+
+def test_icons_are_drawn_without_a_script(page, site_url):
+    page.goto(f"{site_url}/{PAGES[0]}")
+    page.evaluate("document.fonts.ready")
+    button = page.locator(".primary-toggle .fa-bars").first
+    assert button.evaluate("(node) => getComputedStyle(node, '::before').content") == '"\uf0c9"'
+    assert page.evaluate("document.fonts.check('900 16px \"Font Awesome 6 Free\"')")
+    assert button.bounding_box()["width"] > 8
 
 
 def test_the_map_names_every_chapter_with_its_time(page, site_url, site):

@@ -62,3 +62,11 @@ def test_options_are_explained_and_checked(root):
     assert "--repeats" in run(root, "training.py", "--help").stdout
     wrong = run(root, "sampler.py", "--batch", "0")
     assert wrong.returncode == 2 and "--batch 0 must be at least 1" in wrong.stderr
+
+
+@pytest.mark.browser
+def test_the_live_figures_are_timed(root):
+    done = run(root, "live.py", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(pull|grid) .*? (\d) +(\d+\.\d\d) \[\3, \3\] +\d+ +\d\.\d$", done.stdout, re.MULTILINE)
+    assert [row[:2] for row in found] == [("pull", "2"), ("grid", "1")], done.stdout

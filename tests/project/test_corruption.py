@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from bilevel_core.lab import files
-from bilevel_core.lab.models import clip, networks
+from bilevel_core.lab.models import clip, level_model, networks
 from bilevel_core.lab.studies import prompt_rewards, schedule_race, tilted_truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +20,7 @@ LOADERS = {
     "classifier_mnist28": lambda: networks.load_classifier("mnist28"),
     "classifier_mnist8": lambda: networks.load_classifier("mnist8"),
     "clip": clip.load,
+    "level_denoiser": level_model.load,
     "text_denoiser": networks.load_text_denoiser,
 } | {
     f"features_{name}_{split}": lambda name=name, split=split: networks.reference_features(name, split)

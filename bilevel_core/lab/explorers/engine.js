@@ -280,7 +280,7 @@
   }
   const nearest = (list, value) => list.reduce((best, item, i) => (Math.abs(item - value) < Math.abs(list[best] - value) ? i : best), 0);
 
-  function build(root, spec, compute) {
+  function build(root, spec, compute, extra) {
     root.dataset.ready = "1";
     const base = document.querySelectorAll(`[id="${root.id}"]`).length > 1 ? `${root.id}-${Math.random().toString(36).slice(2)}` : root.id;
     const app = el("div"), bars = {};
@@ -407,14 +407,17 @@
       compute: (given) => compute(given, spec.data, {}, format),
       format,
     };
+    // what a figure adds of its own: buttons, a worker, a panel to drag in
+    const put = (name, value) => widgets[name].put(value);
+    if (extra) extra({ root, base, reset, panels, values, memo, data: spec.data, request, put, el, svg, rich, format });
   }
 
   window[KEY] = {
     // the output may be attached to the page only after its script has run (JupyterLab): look for it for a while
-    mount(id, spec, compute, tries = 0) {
+    mount(id, spec, compute, extra = null, tries = 0) {
       const roots = document.querySelectorAll(`[id="${id}"]:not([data-ready])`);
-      if (roots.length) roots.forEach((root) => build(root, spec, compute));
-      else if (tries < 200) setTimeout(() => this.mount(id, spec, compute, tries + 1), 50);
+      if (roots.length) roots.forEach((root) => build(root, spec, compute, extra));
+      else if (tries < 200) setTimeout(() => this.mount(id, spec, compute, extra, tries + 1), 50);
     },
   };
 })();

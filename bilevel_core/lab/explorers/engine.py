@@ -91,7 +91,7 @@ class Explorer:
     # ---- without a kernel ---------------------------------------------------------------------------------------
     def html(self) -> str:
         """The explorer as HTML that stands alone: styles, runtime, constants and the JavaScript, nothing fetched."""
-        key, runtime, css = _assets()
+        key, runtime, css = assets()
         spec = {
             "title": self.title,
             "controls": [_control_spec(control) for control in self.controls],
@@ -105,15 +105,19 @@ class Explorer:
             f" At its first setting: {shown}." if shown else ""
         )
         caption = f'<div class="blx-caption">{markup(self.caption, True)}</div>' if self.caption else ""
-        element, given = f"blx-{self.name}", "(values, data, memo, format)"
+        element, given, extra = f"blx-{self.name}", "(values, data, memo, format)", self.extra()
         return (
             f"<style>{css}</style>"
             f'<div class="blx" id="{element}" role="figure" aria-label="{html.escape(self.alt, quote=True)}">'
             f'<p class="blx-fallback">{html.escape(fallback)}</p>{caption}</div>'
             f"<script>{runtime}\n"
-            f'window.{key}.mount("{element}", {embed_json(spec)}, {given} => {{\n{_slim(self.js)}\n}});'
+            f'window.{key}.mount("{element}", {embed_json(spec)}, {given} => {{\n{_slim(self.js)}\n}}{extra});'
             "</script>"
         )
+
+    def extra(self) -> str:
+        """A last argument of the runtime's `mount`, after a comma: what a figure adds to the page by itself."""
+        return ""
 
     # ---- with a kernel ------------------------------------------------------------------------------------------
     def figure(self, result: dict[str, Any], width: float = 9.0) -> Any:
@@ -162,7 +166,7 @@ def _slim(source: str) -> str:
 
 
 @functools.cache
-def _assets() -> tuple[str, str, str]:
+def assets() -> tuple[str, str, str]:
     """The runtime's global name (with a hash, so that two versions can share a page), its source, the styles."""
     runtime, css = read_asset("engine.js"), read_asset("engine.css")
     dark = "".join(f"--blx-{name}:{colour};" for name, colour in _COLOURS.items())

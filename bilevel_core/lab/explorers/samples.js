@@ -1,7 +1,8 @@
 // Body of (values, data, memo) => result for samples_explorer: the images and numbers kept at this lambda.
 const now = data.prompts[values.prompt], i = Math.round(values.at), n = data.lams.length;
 const line = (label, x, y, role, shape = "line") => ({ label, x, y, role, shape });
-const unpack = (rows) => rows.map((row) => [...row].map((c) => (2 * (c.charCodeAt(0) - 48)) / (data.greys - 1) - 1));
+const whole = (row) => row.replace(/~(.)/g, (_, length) => "0".repeat(length.charCodeAt(0) - 48));
+const unpack = (rows) => rows.map((row) => [...whole(row)].map((c) => (2 * (c.charCodeAt(0) - 48)) / (data.greys - 1) - 1));
 const band = (sign) => data.lams.map((_, k) => now.up[k] + sign * 1.96 * now.se[k]);
 const curve = [
   line("± 1.96 standard errors", data.lams, band(1), "zero"),

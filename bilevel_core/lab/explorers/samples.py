@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,10 @@ def samples_explorer(frames: Mapping[str, Sequence[Tilted]], *, up: str, low: st
     opening = max(range(len(lams)), key=lambda k: first[k].up)  # where there is something to see
 
     def pack(image: Tensor) -> list[str]:
+        """A character for each pixel of a row; runs of black as "~" and a character for their length."""
         levels = ((image.double().clamp(-1, 1) + 1) / 2 * (_GREYS - 1)).round().long()
-        return ["".join(chr(48 + level) for level in row) for row in levels.tolist()]
+        rows = ("".join(chr(48 + level) for level in row) for row in levels.tolist())
+        return [re.sub("0{3,64}", lambda run: "~" + chr(48 + len(run[0])), row) for row in rows]
 
     data = {
         prompt: {
@@ -69,7 +72,8 @@ def samples_explorer(frames: Mapping[str, Sequence[Tilted]], *, up: str, low: st
         best = max(range(len(lams)), key=lambda k: now["up"][k])
 
         def unpack(rows: list[str]) -> list[list[float]]:
-            return [[2 * (ord(c) - 48) / (_GREYS - 1) - 1 for c in row] for row in rows]
+            whole = (re.sub("~(.)", lambda run: "0" * (ord(run[1]) - 48), row) for row in rows)
+            return [[2 * (ord(c) - 48) / (_GREYS - 1) - 1 for c in row] for row in whole]
 
         def edge(errors: float) -> list[float]:
             return [u + errors * se for u, se in zip(now["up"][:n], now["se"], strict=False)]

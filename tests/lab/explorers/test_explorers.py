@@ -53,6 +53,8 @@ def gamma() -> Explorer:
 
 def frames(prompt: int, lams=(0.1, 1.0, 10.0, math.inf)) -> list[explorers.Tilted]:
     images = [(torch.arange(2 * 64).reshape(2, 8, 8) * (0.1 + i + prompt)).sin() for i in range(len(lams))]
+    for image in images:
+        image[:, 2:, 1:6] = -1  # black, as digits mostly are
     return [
         explorers.Tilted(lam, image, 60 + i - prompt * i**2, 0.1 * i, 2 - i, 0.5 / lam, "reweighted")
         for i, (lam, image) in enumerate(zip(lams, images, strict=True))
