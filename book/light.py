@@ -49,6 +49,7 @@ def lighten(html: Path) -> None:
         sheet.write_text(FONT.sub(r'url(\1\2.woff) format("woff")', text), encoding="utf-8")
     styles = " ".join(path.read_text(encoding="utf-8") for path in static.rglob("*.css"))
     glyphs = {int(code, 16) for code in re.findall(r'"\\([ef][0-9a-f]{3})"', styles)}
+    glyphs |= {ord(character) for character in re.findall("[\ue000-\uf8ff]", styles)}  # some stand there as they are
     fonts = static / "vendor" / "fontawesome" / "webfonts"
     for font in sorted(fonts.glob("*.ttf")):
         subset(font, glyphs)

@@ -12,7 +12,7 @@ import light
 
 FONTS = "../vendor/fontawesome/webfonts/fa-solid-900"
 CSS = (
-    '@charset "UTF-8";/* .gone{} " */:root{--icon:"\\f0c9"}.used,.gone:hover{a:b}.gone .used{c:d}'
+    '@charset "UTF-8";/* .gone{} " */:root{--icon:"\\f0c9";--sign:"\uf071"}.used,.gone:hover{a:b}.gone .used{c:d}'
     ".fa-bars:before{content:'}'}.fa-ghost:before{content:\"\\f6e2\"}@media (min-width:1px){.gone{e:f}}"
     "@media print{.used:not(.gone){g:h}.gone>.used{i:j}}@font-face{font-family:x;"
     f'src:url({FONTS}.woff2) format("woff2"),url({FONTS}.ttf) format("truetype")}}'
@@ -21,7 +21,9 @@ CSS = (
 
 def test_rules_that_no_page_can_match_go_and_nothing_else():
     kept = light.purge(CSS, {"used", "fa-bars"})
-    assert kept.startswith('@charset "UTF-8";:root{--icon:"\\f0c9"}.used{a:b}.fa-bars:before{content:\'}\'}')
+    assert kept.startswith(
+        '@charset "UTF-8";:root{--icon:"\\f0c9";--sign:"\uf071"}.used{a:b}.fa-bars:before{content:\'}\'}'
+    )
     assert "gone{" not in kept and "ghost" not in kept and "c:d" not in kept and "e:f" not in kept
     assert "@media print{.used:not(.gone){g:h}}" in kept and "@font-face{font-family:x;" in kept
     assert light.purge(kept, {"used", "fa-bars"}) == kept
@@ -67,7 +69,7 @@ def test_a_site_keeps_its_search_page_and_the_glyphs_it_shows(site):
     assert f'src:url({FONTS}.woff) format("woff")}}' in css and ".used{a:b}" in css
     fonts = site / "_static" / "vendor" / "fontawesome" / "webfonts"
     assert [file.name for file in fonts.iterdir()] == ["fa-solid-900.woff"]
-    assert set(TTFont(fonts / "fa-solid-900.woff").getBestCmap()) == {0xF0C9}
+    assert set(TTFont(fonts / "fa-solid-900.woff").getBestCmap()) == {0xF0C9, 0xF071}
     assert (fonts / "fa-solid-900.woff").stat().st_size < 3000
 
 

@@ -112,7 +112,7 @@ def penalty_explorer() -> Explorer:
             Slider("lam", "λ", 0.05, 50.0, 1.0, log=20, format=".2g", hint="entropy strength"),
         ],
         [
-            Panel("laws", "The laws and the upper reward", "x", "density", ylim=(0, None), wide=True),
+            Panel("laws", "The laws and the upper reward", "y", "density", ylim=(0, None), wide=True),
             Panel("value", "The penalised objective", "λ", "L_{γ}(λ)", xlog=True, xlim=_LAMS[:2], ylim=(0, 4)),
             Panel("grad", "Its gradient", "λ", "d/dλ", xlog=True, xlim=_LAMS[:2], ylim=(-2, 0.8)),
         ],
@@ -132,7 +132,7 @@ def penalty_explorer() -> Explorer:
         },
         title="How large must γ be?",
         caption=(
-            "p_{0} = 0.6 N(−1.5, 0.7²) + 0.4 N(1.5, 0.9²), r_{low} = x, r_{up} = −(x − 1.2)²/2; exact, by quadrature. "
+            "p_{0} = 0.6 N(−1.5, 0.7²) + 0.4 N(1.5, 0.9²), r_{low} = y, r_{up} = −(y − 1.2)²/2; exact, by quadrature. "
             "The vertical line is the chosen λ; λ^{∗} is the optimum as γ → ∞."
         ),
         alt=(

@@ -43,7 +43,7 @@ OURS, KL, ALIGNED = "one exchange run", "adaptive KL", "one aligned law"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the methods leave open; to be settled on validation prompts.
+    """What the methods leave open: guesses, and what problems with known answers suggested; none was tuned on digits.
 
     ladder   levels above a lambda, from infinity on;  bounds: of lambda, for every method
     reach    effective sample size at which draws of p_0 are said to reach a level
@@ -562,7 +562,7 @@ def race(
             if problem:
                 own = derive_seed(method, one)
                 moves = {name: truth.runs[0].config[name] for name in ("gradient", "accept")}
-                options = {"moves": moves, "device": device, "batch": 48 if str(device) == "cpu" else 500}
+                options = {"moves": moves, "device": device, "batch": 48 if str(device) == "cpu" else 128}
                 return Exact(problem.G, problem.pull, problem.measure, own, plan, **options)
             return Recorded(truth.split(folds, fold)[0], each, plan, None if plain is None else plain[fold::folds])
 
