@@ -10,6 +10,11 @@ The protocol, fixed before the test split was read:
   largest of `few` (`refined`), which costs nothing.
 - RIVALS. The same kind of network on each of FIXED_GRIDS, and networks told t, trained on a fixed schedule, as in the
   first edition. Grids that need a network or the data's moments get them at no charge.
+- SEARCHES look for a cosine schedule's grid for the network of ours, at exactly the price of our grids, in a BOX that
+  holds the fixed ones: TRIALS of them, each by f of common samples. Random search begins with cosine, end 0.95, and
+  the closed form of Gaussian data.
+- DENSE: ours once more, with the density of training levels learned as training goes on (`levels.learn_density`).
+  It stops earlier for that, and its constants are guesses.
 - Budget "total": all have cost the same, `length` training steps. Ours stops `Plan.paid` steps earlier. A learned
   schedule of the first edition cost as much: its rows stand beside these as they were recorded.
 - Budget "final": all train equally long, and grids are learned at no charge. For `length` they are those that "total"
@@ -42,23 +47,30 @@ from ...guidance import LevelDenoiser
 from ...samplers import draw_x_T, sample_ddim, sample_dpm, timesteps
 from ...schedule_learning import learn_grid
 from ...seeds import derive_seed
-from .. import files, metrics, places, results
+from .. import files, levels, metrics, places, results
 from ..models import networks
+from ..training import checkpointed
 from . import baselines, grids, schedule_race, schedule_transfer
 from .grids import DENSITY, GRIDS, SEEN
 from .schedule_race import FIXED
 from .schedule_transfer import EARLY, GaussianImages
-from .setting import IMAGES, Setting, generate, real_features, same_protocol, train_denoiser, training_end
+from .setting import IMAGES, Setting, generate, real_features, recipe, same_protocol, train_denoiser, training_end
 
 OURS, CLOSED = "learned grid", "Gaussian schedule"
-PARTS = ("total", "grids", "short", "more", "told t", "second order")
+DENSE = "learned grid and density"
+PARTS = ("total", "grids", "search", "density", "short", "more", "told t", "second order")
 SOLVERS = {"DDIM": sample_ddim, "DPM-Solver++(2M)": sample_dpm}
 LEARN = {"steps": 20, "samples": 64, "rate": 0.1}  # of one grid
+TRIALS = 20  # of a search
+BOX = ((0.0, 0.4), (0.8, 0.999), (0.3, 4.0), (0.005, 0.04))  # start, end, tau, epsilon
+LEVELS = {"every": 250, "samples": 128, "batch": 512, "rate": 0.1, "modes": 6}  # of `learn_density`
 FIRST = EARLY  # where the first of them starts
 TUNED = (
     "six networks of seed 9000, 1,000 steps each: three densities (s = 1, 0.5, 0.3), of two of them with two stretches "
     "of the embedding, and one told t; learning of grids for them by 64 to 256 samples: about 2.5 million cost units"
 )
+SEARCHES = ("random search", "Bayesian search")
+NEVER = 1e3  # what a schedule is worth that no network can follow
 FIXED_GRIDS = (*GRIDS, "Gaussian, best grid", "constant rate", "aligned steps")
 
 
@@ -103,6 +115,20 @@ class Plan:
     def paid(self) -> int:
         """The training steps that they cost."""
         return math.ceil(self.price / (3 * self.batch_size))
+
+    @property
+    def round(self) -> int:
+        """What a round of learning the density costs besides its training: f with backward, and losses."""
+        return LEVELS["samples"] * (4 * self.few[-1] - 1) + 2 * LEVELS["batch"]
+
+    @property
+    def dense(self) -> int:
+        """Training steps of a network that learns its density and pays for it and for the grids, in whole rounds."""
+        each = 3 * self.batch_size
+        rounds = (each * self.length - self.price) // (each * LEVELS["every"] + self.round)
+        if not rounds:
+            raise ValueError(f"{self.length} training steps hold no round of {LEVELS['every']} and its price")
+        return rounds * LEVELS["every"]
 
 
 # ---------------------------------------------------------------- the race
@@ -154,22 +180,41 @@ class Race(Setting):
         path = self.folder / f"network_{name}.safetensors"
         return train_denoiser(self.x0, self.schedule(told), self.size, **options, path=path)
 
+    def dense(self, seed: int) -> levels.DensityLearning:
+        """A denoiser that is told the level, and the density it was trained on; resumable."""
+        plan, name = self.plan, _slug("network", "density", self.plan.dense, seed)
+        own = {key: value for key, value in LEVELS.items() if key != "modes"} | {"seed": derive_seed("density", seed)}
+        density = dataclasses.replace(DENSITY, phi=torch.zeros(LEVELS["modes"], dtype=torch.float64))
+        network = networks.Denoiser(self.size, told="angle", seed=seed)
+        training = recipe(
+            LevelDenoiser(network, density.abar(), seen=SEEN), steps=plan.dense, batch_size=plan.batch_size, seed=seed
+        )
+        state = levels.DensityLearning(training, self.quality, GRIDS[FIRST](plan.few[-1]), density, **own)
+        loop, path = levels.learn_density(state, self.x0, steps=plan.dense), self.folder / f"{name}.safetensors"
+        options = {"steps": plan.dense, "every": LEVELS["every"], "bar": f"{name}: training" if self.bar else None}
+        for _ in checkpointed(loop, state, path, **options):
+            pass
+        return state
+
     def network(self, told: str, steps: int, seed: int) -> torch.nn.Module:
-        """Its moving average, frozen."""
+        """Its moving average, frozen; told the "density", that of `dense`."""
+        if told == "density":
+            return self.dense(seed).training.ema.module.eval().requires_grad_(False)
         return self.trained(told, steps, seed).ema.module.eval().requires_grad_(False)
 
-    def learned(self, train_steps: int, seed: int, steps: int, solver: str = "DDIM") -> dict:
+    def learned(self, train_steps: int, seed: int, steps: int, solver: str = "DDIM", told: str = "level") -> dict:
         """The grid of `learn_grid` for a network told the level: "grid", "start", "f" at each step, "cost".
 
         It starts from the learned grid of the next smaller number of steps, refined; the smallest from `FIRST`.
         """
         plan, name = self.plan, _slug("grid", train_steps, seed, steps, "" if solver == "DDIM" else "second")
+        name += "_density" * (told == "density")
         smaller = [n for n in plan.few if n < steps]
 
         def compute() -> dict:
-            network, start = self.network("level", train_steps, seed), GRIDS[FIRST](steps)
+            network, start = self.network(told, train_steps, seed), GRIDS[FIRST](steps)
             if smaller:
-                found = self.learned(train_steps, seed, smaller[-1], solver)["grid"]
+                found = self.learned(train_steps, seed, smaller[-1], solver, told)["grid"]
                 start = grids.refined(torch.tensor(found, dtype=torch.float64), steps)
             like, f = self.x0[: int(plan.learn["samples"])], []
             options = {"steps": int(plan.learn["steps"]), "rate": plan.learn["rate"], "sampler": SOLVERS[solver]}
@@ -178,7 +223,52 @@ class Race(Setting):
             return {"grid": record.mean.tolist(), "start": start.tolist(), "f": f, "cost": record.cost}
 
         config = self.config(train_steps=train_steps, seed=seed, steps=steps, solver=solver, first=FIRST)
+        config |= {"told": told, "levels": LEVELS} if told == "density" else {}
         return files.piece(self.folder / f"{name}.json", config, compute)
+
+    def searched(self, name: str, train_steps: int, seed: int, steps: int) -> dict:
+        """The best of TRIALS schedules for a network told the level, as `learned` has it; "q", "f" of each in turn.
+
+        A schedule whose levels do not rise within what the network has seen counts as NEVER.
+        """
+        n = self.plan.learn["samples"] * 2 * self.plan.learn["steps"] // TRIALS
+
+        def compute() -> dict:
+            network, tried = self.sampler(self.network("level", train_steps, seed).network), []
+            g = torch.Generator().manual_seed(derive_seed("search", seed))
+            x = torch.randn((int(n), 1, self.side, self.side), generator=g)
+            ask = self.proposals(name, steps, derive_seed(name, seed))
+            q = next(ask)
+            while True:
+                try:
+                    grid = grids.of_schedule("cosine", q, steps)
+                    on = LevelDenoiser(network, grid, seen=SEEN)
+                    with torch.no_grad():
+                        value = self.quality(sample_ddim(on, x, grid, [*range(steps, 0, -1)])).item()
+                except ValueError:
+                    value = NEVER
+                tried.append((value, list(q)))
+                try:
+                    q = ask.send(value)
+                except StopIteration:
+                    break
+            best = min(tried)[1]
+            found = {"grid": grids.of_schedule("cosine", best, steps).tolist(), "q": best, "f": [f for f, _ in tried]}
+            return found | {"cost": int(n) * steps * len(tried)}
+
+        config = self.config(train_steps=train_steps, seed=seed, steps=steps, search=name, box=[list(b) for b in BOX])
+        return files.piece(self.folder / f"{_slug(name, train_steps, seed, steps)}.json", config, compute)
+
+    def proposals(self, name: str, steps: int, seed: int) -> schedule_race.Proposals:
+        """What a search tries: of random search two schedules are those that are known to be good."""
+        if name == "random search":
+            known = [schedule_transfer.best_schedule(self.problem, steps, self.plan.T)[0].tolist()]
+            known = [list(FIXED[EARLY][1]), *known][:TRIALS]
+            for q in known:
+                yield tuple(q)
+            yield from schedule_race.random_search(TRIALS - len(known), seed, BOX)
+        else:
+            yield from schedule_race.bayesian(TRIALS, seed, BOX)
 
     def fixed(self, name: str, steps: int, network: LevelDenoiser | None = None) -> Tensor:
         """One of FIXED_GRIDS, (N+1,); "aligned steps" are those of a network."""
@@ -215,12 +305,14 @@ class Race(Setting):
         rows, solver, fast = [], about.get("solver", "DDIM"), []
 
         def compute(steps: int, grid: Sequence[float] | None) -> dict:
-            state = self.trained(told, train_steps, seed)
+            state = self.dense(seed).training if told == "density" else self.trained(told, train_steps, seed)
             if not fast:
                 network = state.ema.module.eval()
-                fast.append(self.sampler(network.network if told == "level" else network))
-            abar, ts, denoiser = self.schedule(told), timesteps(self.plan.T, steps), fast[0]
-            if grid is not None:
+                fast.append(self.sampler(network.network if isinstance(network, LevelDenoiser) else network))
+            ts, denoiser = timesteps(self.plan.T, steps), fast[0]
+            if grid is None:
+                abar = self.schedule(told)
+            else:
                 table = torch.tensor(grid, dtype=torch.float64)
                 denoiser, abar, ts = LevelDenoiser(fast[0], table, seen=SEEN), table, [*range(steps, 0, -1)]
             with warnings.catch_warnings():
@@ -231,7 +323,7 @@ class Race(Setting):
             config = self.config(told=told, train_steps=train_steps, seed=seed, solver=solver, **one)
             name = _slug("mark", told, train_steps, seed, key, "" if solver == "DDIM" else "second")
             found = files.piece(self.folder / f"{name}.json", config, partial(compute, one["steps"], one["grid"]))
-            row = {"told": "level" if told == "level" else "t", "seed": seed, "train_steps": train_steps}
+            row = {"told": "level" if told in ("level", "density") else "t", "seed": seed, "train_steps": train_steps}
             row |= {"solver": solver, "budget": "total", "method": told} | about | dict(one)
             rows.append(row | {k: found[k] for k in ("val", "test", "train_cost", "loss", "wall_s")})
         return rows
@@ -268,6 +360,13 @@ class Race(Setting):
         if part == "grids":
             rows = self.on_grids(plan.length, seed, FIXED_GRIDS, few)
             return rows + self.ours(plan.length, seed, few, less, False, budget="final")
+        if part == "search":
+            found = {(n, N): self.searched(n, less, seed, N)["grid"] for n in SEARCHES for N in few}
+            return self.marks("level", less, seed, _grids(found, plan.price))
+        if part == "density":
+            found = {(DENSE, N): self.learned(plan.dense, seed, N, told="density")["grid"] for N in few}
+            price = plan.price + plan.dense // LEVELS["every"] * plan.round
+            return self.marks("density", plan.dense, seed, _grids(found, price))
         if part == "more":
             rows = self.ours(less, seed, plan.many, less, True) + self.told_t(EARLY, plan.length, seed, plan.many)
             return rows + self.on_grids(plan.length, seed, FIXED_GRIDS, plan.many)
@@ -326,6 +425,7 @@ _slug = schedule_race._slug
 def about() -> dict[str, object]:
     """Everything but the sizes."""
     own = {"fixed": list(FIXED_GRIDS), "align": list(grids.ALIGN), "tuned": TUNED, "first": FIRST}
+    own |= {"box": [list(range_) for range_ in BOX], "trials": TRIALS, "levels": LEVELS}
     return own | {"density": [DENSITY.s, *DENSITY.ends], "told t": [EARLY, CLOSED, *FIXED]}
 
 
@@ -376,6 +476,8 @@ def record(race: Race, seeds: Sequence[int], parts: Sequence[str]) -> Path:
     trained = {(r["method"] if r["told"] == "t" else "", r["train_steps"], r["seed"]): r for r in found["rows"]}
     units = sum(r["train_cost"] for r in trained.values()) + sum(g["cost"] for g in found["grids"])
     units += sum(race.plan.n * r["steps"] for r in found["rows"])
+    searches = {(r["method"], r["seed"]): r["search_cost"] for r in found["rows"] if r["method"] in (*SEARCHES, DENSE)}
+    units += sum(searches.values())
     wall = sum(r["wall_s"] for r in (*found["rows"], *found["grids"]))
     options = {"seeds": list(seeds), "wall_s": wall, "cost": units, "protocol": race.protocol()}
     path = results.write_result("07_grids", "recorded", found, {"PROFILE": "recorded"}, **options)

@@ -123,15 +123,15 @@ def grid(trials: int, seed: int) -> Proposals:
         yield (start, end, tau, epsilon)
 
 
-def random_search(trials: int, seed: int) -> Proposals:
-    """Uniform over the released ranges."""
+def random_search(trials: int, seed: int, ranges: Sequence[tuple[float, float]] = RANGES) -> Proposals:
+    """Uniform over the released ranges, or others."""
     u = torch.rand(trials, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for row in u.tolist():
-        yield tuple(low + v * (high - low) for v, (low, high) in zip(row, RANGES, strict=True))
+        yield tuple(low + v * (high - low) for v, (low, high) in zip(row, ranges, strict=True))
 
 
-def bayesian(trials: int, seed: int) -> Proposals:
-    """optuna's Gaussian process on the logarithm of the distance, over the released ranges; a third at random first."""
+def bayesian(trials: int, seed: int, ranges: Sequence[tuple[float, float]] = RANGES) -> Proposals:
+    """optuna's Gaussian process on the logarithm of the distance, a third at random first; ranges as above."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -143,7 +143,7 @@ def bayesian(trials: int, seed: int) -> Proposals:
             for _ in range(trials):
                 ask = study.ask()
                 value = yield tuple(
-                    ask.suggest_float(name, *range_) for name, range_ in zip(schedules.NAMES, RANGES, strict=True)
+                    ask.suggest_float(name, *range_) for name, range_ in zip(schedules.NAMES, ranges, strict=True)
                 )
                 study.tell(ask, math.log(value))
     finally:

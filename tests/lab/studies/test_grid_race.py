@@ -23,6 +23,7 @@ PLAN = grid_race.Plan(
 )
 
 
+ROUNDS = {"every": 10, "samples": 70, "batch": 32, "rate": 0.1, "modes": 2}
 FEW = ("cosine, end 0.95", "constant rate", "aligned steps")
 
 
@@ -37,6 +38,7 @@ def fewer(monkeypatch):
     monkeypatch.setattr(grid_race, "FIXED_GRIDS", FEW)
     kinds = {name: grid_race.FIXED[name] for name in (grid_race.EARLY, "linear")}
     monkeypatch.setattr(grid_race, "FIXED", kinds)
+    monkeypatch.setattr(grid_race, "LEVELS", ROUNDS)
 
 
 def angles(grid):
@@ -213,6 +215,44 @@ def test_the_price_of_a_grid_is_what_it_cost(race):
     assert sum(costs) == PLAN.price
 
 
+def test_a_density_pays_for_itself(race, fewer):
+    state = race.dense(0)
+    assert state.step == PLAN.dense == 10 and state.spent == PLAN.round
+    assert state.cost + PLAN.price <= 3 * PLAN.batch_size * PLAN.length
+    assert state.density.phi.abs().max() > 0 and state.density.s == grids.DENSITY.s
+    with pytest.raises(ValueError, match="11 training steps hold no round of 10 and its price"):
+        _ = replace(PLAN, length=11).dense
+
+
+def iter_sent(points):
+    """A search that tries these, whatever it is told."""
+    for q in points:
+        assert (yield q) > 0
+
+
+def test_searches_cost_what_learned_grids_do_and_keep_the_best(race, monkeypatch):
+    for name in grid_race.SEARCHES:
+        found = [race.searched(name, PLAN.short, 0, steps) for steps in PLAN.few]
+        assert sum(one["cost"] for one in found) == PLAN.price
+        for one in found:
+            assert len(one["f"]) == grid_race.TRIALS and is_a_grid(
+                torch.tensor(one["grid"]).double(), len(one["grid"]) - 1
+            )
+    hopeless = (0.0, 0.0001, 4.0, 0.008)  # all its levels lie below what the network has seen
+    tried = list(itertools.islice(race.proposals("random search", 3, 0), 30))
+    closed = schedule_transfer.best_schedule(race.problem, 3, PLAN.T)[0].tolist()
+    assert len(tried) == grid_race.TRIALS and [list(q) for q in tried[:2]] == [[0.0, 0.95, 1.0, 0.008], closed]
+    for q in tried[2:]:
+        assert all(low <= v <= high for v, (low, high) in zip(q, grid_race.BOX, strict=True))
+    with pytest.raises(ValueError, match="levels must rise strictly"):
+        grids.of_schedule("cosine", hopeless, 3)
+    monkeypatch.setattr(race, "proposals", lambda *_: iter_sent([hopeless, tried[0], tried[5]]))
+    (race.folder / "random_search_4_0_3.json").unlink()
+    found = race.searched("random search", PLAN.short, 0, 3)
+    assert found["f"][0] == grid_race.NEVER > max(found["f"][1:])
+    assert tuple(found["q"]) == (tried[0], tried[5])[found["f"][1:].index(min(found["f"]))]
+
+
 @pytest.mark.slow
 def test_the_race_runs_through_and_comes_again(race, fewer):
     found = race.run([0])
@@ -224,7 +264,9 @@ def test_the_race_runs_through_and_comes_again(race, fewer):
     for row in rows:
         if row["budget"] == "total":
             whole = 3 * PLAN.batch_size * PLAN.length
-            assert whole - 3 * PLAN.batch_size < row["train_cost"] + row["search_cost"] <= whole
+            least = 0 if row["method"] == grid_race.DENSE else whole - 3 * PLAN.batch_size  # in whole rounds
+            assert least < row["train_cost"] + row["search_cost"] <= whole
+    assert {*grid_race.SEARCHES, grid_race.DENSE} < {row["method"] for row in rows}
     for method in (grid_race.OURS, *FEW):
         mine = {row["steps"] for row in rows if row["method"] == method and row["budget"] == "total"}
         assert mine == {1, 3, 6}, method
