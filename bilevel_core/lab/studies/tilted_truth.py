@@ -10,7 +10,8 @@ CLIP score of "a bold five" is then 44 under p_0, 65 near lambda = 0.3 and 55 to
 image is no five any more (from both starts, but certified down to 1 alone). TEST prompts were drawn once.
 
 A prompt has two runs of `tempering.sample_tempered` in the noise of the model's own chain, one that starts from p_0
-and one that starts from beyond the tilt, and `certificates.certify` says what they prove together. Moves follow the
+and one that starts from beyond the tilt, and `certificates.certify` says what they prove together. Every 20 sweeps a
+prompt ends whose curve has turned within what is certified; at some length every prompt does. Moves follow the
 gradient: without it both runs of "a bold four" still climbed after 140 sweeps, at lambda 0.35 and below, and the
 certificates said so; ten sweeps with it, from where they were, brought them together.
 """
@@ -312,6 +313,12 @@ class Truth:
         down_to = self.certificate.down_to
         return down_to is not None and lam >= down_to * (1 - 1e-9)
 
+    @property
+    def turned(self) -> bool:
+        """Whether the top of the curve lies above the lowest certified strength: both its sides are then certified."""
+        down_to = self.certificate.down_to
+        return down_to is not None and max(self.curve(), key=lambda row: row["clip"])["lam"] > down_to
+
     def gap(self, better: float, lam: float, weight: float = 0.0) -> tuple[float, float]:
         """By how much the mean CLIP score at one strength exceeds that at another, with the error of the difference."""
         (high, off_high, _), (low, off_low, _) = self.look(better), self.look(lam, weight)
@@ -348,9 +355,15 @@ class Truth:
         return max(known, key=lambda row: row["clip"])
 
 
-def truth(problem: Problem, **options: object) -> Truth:
-    """Both runs of a prompt, made or gone on with, as its truth; options: of `run`, all but the start."""
-    return Truth(problem.prompt, tuple(run(problem, start, **options)[0] for start in STARTS))
+def truth(problem: Problem, *, sweeps: int, step: int = 20, **options: object) -> Truth:
+    """Both runs of a prompt, made or gone on with, as its truth: every `step` sweeps they end if it is `turned`, and at
+    `sweeps` whatever it is. Other options: of `run`, all but the start."""
+    for length in range(min(step, sweeps), sweeps + step, step):
+        runs = tuple(run(problem, start, sweeps=min(length, sweeps), **options)[0] for start in STARTS)
+        found = Truth(problem.prompt, runs)
+        if found.turned:
+            break
+    return found
 
 
 def _error(off: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The truth of a prompt: its lower reward, runs that go on after a kill, and what they say where all is known."""
 
 import math
+import types
 from dataclasses import replace
 
 import pytest
@@ -183,6 +184,25 @@ def test_both_runs_are_the_truth(problem, whole):
     assert truth.prompt == PROMPT and len(truth.runs) == 2
     for one, other in zip(truth.runs, runs.values(), strict=True):
         same(one, other)
+
+
+def test_runs_end_once_their_curve_has_turned(problem, tmp_path, monkeypatch):
+    lengths, plain = [], tilted_truth.run
+
+    def run(problem, start, *, sweeps, **options):
+        lengths.append(sweeps)
+        return plain(problem, start, sweeps=6, **options)
+
+    monkeypatch.setattr(tilted_truth, "run", run)
+    size = {name: value for name, value in SIZE.items() if name != "sweeps"} | {"folder": tmp_path}
+    curve = [{"lam": lam, "clip": clip} for lam, clip in ((0.2, 60), (0.6, 65), (math.inf, 50))]
+    monkeypatch.setattr(Truth, "curve", lambda self: curve)
+    for down_to, wanted in ((0.5, [20]), (0.6, [20, 40, 50]), (None, [20, 40, 50])):
+        lengths.clear()
+        certificate = types.SimpleNamespace(down_to=down_to)
+        monkeypatch.setattr(Truth, "certificate", property(lambda _, found=certificate: found))
+        tilted_truth.truth(problem, sweeps=50, **size)
+        assert lengths == [length for length in wanted for _ in tilted_truth.STARTS]
 
 
 def test_draws_of_p_0_are_kept_and_go_on(problem, tmp_path):
