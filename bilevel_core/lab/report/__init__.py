@@ -6,7 +6,7 @@ A file for each part registers its claims, in the order of the report; `claims` 
 from . import size
 from .entropy import FINETUNING
 from .method import absorbed, guided_bias, lam_root, learned_exactly
-from .paper import FIELDS, VALUE_IDS, PaperValue, paper_column, paper_values
+from .paper import FIELDS, TRUST, VALUE_IDS, PaperSource, PaperValue, paper_column, paper_sources, paper_values
 from .rules import (
     NOT_REPRODUCED,
     PARTLY,
@@ -37,12 +37,14 @@ __all__ = [
     "PARTS",
     "REPRODUCED",
     "SCHEDULES",
+    "TRUST",
     "UNTESTED",
     "VALUE_IDS",
     "VERDICTS",
     "Claim",
     "Finding",
     "NoData",
+    "PaperSource",
     "PaperValue",
     "ProseTable",
     "Records",
@@ -56,6 +58,7 @@ __all__ = [
     "outperforms",
     "paired",
     "paper_column",
+    "paper_sources",
     "paper_values",
     "place",
     "race",
