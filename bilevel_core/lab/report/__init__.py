@@ -6,6 +6,7 @@ A file for each part registers its claims, in the order of the report; `claims` 
 from . import size
 from .entropy import FINETUNING
 from .method import absorbed, guided_bias, lam_root, learned_exactly
+from .opening import answer, label, letter, numbered
 from .paper import FIELDS, TRUST, VALUE_IDS, PaperSource, PaperValue, paper_column, paper_sources, paper_values
 from .rules import (
     NOT_REPRODUCED,
@@ -26,12 +27,14 @@ from .rules import (
     sign,
     without_seed,
 )
+from .runs import estimates, machines, searches, spent
 from .schedule import SCHEDULES, race, released_bill
-from .tables import ProseTable, href, place
+from .tables import MARKS, Board, ProseTable, href, place
 
 __all__ = [
     "FIELDS",
     "FINETUNING",
+    "MARKS",
     "NOT_REPRODUCED",
     "PARTLY",
     "PARTS",
@@ -41,6 +44,7 @@ __all__ = [
     "UNTESTED",
     "VALUE_IDS",
     "VERDICTS",
+    "Board",
     "Claim",
     "Finding",
     "NoData",
@@ -49,12 +53,18 @@ __all__ = [
     "ProseTable",
     "Records",
     "absorbed",
+    "answer",
     "claims",
     "counts",
+    "estimates",
     "guided_bias",
     "href",
+    "label",
     "lam_root",
     "learned_exactly",
+    "letter",
+    "machines",
+    "numbered",
     "outperforms",
     "paired",
     "paper_column",
@@ -63,8 +73,10 @@ __all__ = [
     "place",
     "race",
     "released_bill",
+    "searches",
     "shown",
     "sign",
     "size",
+    "spent",
     "without_seed",
 ]
