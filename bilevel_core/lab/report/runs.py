@@ -34,7 +34,7 @@ def spent(directory: str | Path | None = None) -> list[dict[str, Any]]:
     """A row for each recorded result: what was estimated before it ran, and what it took.
 
     Each row has "result", "tier", "seconds" (of the last start alone where "resumed"), "units" of cost, "gpu" (None on
-    a CPU) and "estimated": seconds, summed over the record's pieces (see `estimates`); None where nobody estimated.
+    a CPU), "cores" and "estimated": seconds, summed over its pieces (see `estimates`); None where nobody estimated.
     """
     guessed, rows = estimates(), []
     for record in _records(directory):
@@ -46,7 +46,8 @@ def spent(directory: str | Path | None = None) -> list[dict[str, Any]]:
             "seconds": made["wall_s"],
             "units": made["cost"]["units"],
         }
-        row |= {"gpu": made["hardware"]["gpu"], "resumed": "last start" in str(record["protocol"])}
+        row |= {"gpu": made["hardware"]["gpu"], "cores": made["hardware"]["cores"]}
+        row |= {"resumed": "last start" in str(record["protocol"])}
         rows.append(row | {"estimated": sum(planned) if planned else None})
     return rows
 
