@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from ..writing import strip, written
 from .rules import CODE, METHOD, NOT_REPRODUCED, PARTLY, PARTS, REPRODUCED, SIZE, UNTESTED, VERDICTS, Claim
 
 SEARCHES = ("grid", "random", "bayesian")
@@ -64,13 +65,13 @@ def letter(found: Sequence[Claim]) -> str:
 
     def lines(part: str, *verdicts: str) -> str:
         chosen = [claim for claim in found if claim.part == part and claim.verdict in verdicts]
-        return "\n".join(f"- {claim.claim} *{claim.verdict}*: {claim.ours}." for claim in chosen)
+        return "\n".join(f"- {claim.claim} *{claim.verdict}*: {strip(written(claim.ours))}." for claim in chosen)
 
     return f"""Dear authors of *A First-order Generative Bilevel Optimization Framework for Diffusion Models*,
 
 we have written a book of notebooks that derives your algorithms, runs them on problems with known answers and on MNIST,
-and compares each claim with a stated rule. We had your abstract and your released code, not the text of the paper. The
-book is public and every number in it can be rerun. We would like to know where we are wrong.
+and compares each claim with a stated rule. We had your abstract and your released code, not the text of the paper. Every
+number of the book can be rerun. We would like to know where we are wrong.
 
 **What held:**
 

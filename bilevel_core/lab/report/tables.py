@@ -78,8 +78,8 @@ class Board:
 
         def mark(claim: Claim) -> str:
             told = html.escape(f"{claim.claim} {claim.verdict}: {claim.ours}")
-            name = f"{MARKS[claim.verdict]} {self.numbers[claim.id]} {html.escape(label(claim.id))}"
-            return f'<a href="{html.escape(href(claim.link))}" title="{told}" style="white-space: nowrap">{name}</a>'
+            name = f"{MARKS[claim.verdict]}\u00a0{self.numbers[claim.id]}\u00a0{html.escape(label(claim.id))}"
+            return f'<a href="{html.escape(href(claim.link))}" title="{told}">{name}</a>'
 
         head = "".join(f'<th scope="col" style="{style}">{MARKS[name]} {name}</th>' for name in VERDICTS)
         body = ""

@@ -91,7 +91,7 @@ def test_the_board_has_every_claim_once_in_its_place(monkeypatch):
     assert good.count("●") == sum(claim.part == "the method" for claim in found) and partly == "" == "".join(others)
     assert not re.findall("<td[^>]*>(.*?)</td>", rows["released code"])[0]
     for claim, number in ((claim, report.numbered(found)[claim.id]) for claim in found):
-        assert f"{report.MARKS[claim.verdict]} {number} {report.label(claim.id)}" in text
+        assert f"{report.MARKS[claim.verdict]}\u00a0{number}\u00a0{report.label(claim.id)}<" in text
     assert "◐ partly: 8 stand-ins" in repr(board)
 
 
