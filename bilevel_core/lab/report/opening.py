@@ -70,8 +70,8 @@ def letter(found: Sequence[Claim]) -> str:
     return f"""Dear authors of *A First-order Generative Bilevel Optimization Framework for Diffusion Models*,
 
 we have written a book of notebooks that derives your algorithms, runs them on problems with known answers and on MNIST,
-and compares each claim with a stated rule. We had your abstract and your released code, not the text of the paper. Every
-number of the book can be rerun. We would like to know where we are wrong.
+and compares each claim with a stated rule. We had your abstract and your released code, not the text of the paper. All
+numbers of the book can be rerun. We would like to know where we are wrong.
 
 **What held:**
 
