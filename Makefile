@@ -36,7 +36,7 @@ help:
 	@echo "make mutants                small faults in the core's mathematics, one at a time: which do the tests miss?"
 	@echo "                            an hour or two of one core, resumable; writes tests/mutants.md"
 	@echo "make format                 format the code and strip the notebooks' outputs"
-	@echo "make readme                 bring the README's table of chapters and its figure up to date"
+	@echo "make readme                 bring the README's tables and its figure up to date"
 	@echo "make clean                  remove _build and caches (keeps .venv and _runs)"
 
 book: $(READY)

@@ -2,7 +2,7 @@
 
     python book/build.py --profile smoke|quick|full     what `make book` calls
     python book/build.py --export-colab DIR             write the notebooks that Colab opens, without outputs
-    python book/build.py --write-readme                 bring the README's table and figure up to date
+    python book/build.py --write-readme                 bring the README's tables and figure up to date
 
 Everything is written under _build/<profile>: executed/ (notebooks with outputs, re-used while nothing they depend on
 changes), src/ (what Jupyter Book reads), site/_build/html (the site), status.json (times, versions, hardware).
@@ -471,12 +471,14 @@ def export_colab(folder: Path) -> None:
 
 
 def write_readme() -> None:
-    """Bring the README's table of chapters and its figure up to date."""
+    """Bring the README's tables of chapters and results and its figure up to date."""
     names = chapters(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
     listed = [pages.Chapter.read(NOTEBOOKS / f"{name}.ipynb") for name in names]
     readme = ROOT / "README.md"
-    table = pages.readme_table(listed, pages.verdicts())
+    claims = pages.report.claims()
+    table = pages.readme_table(listed, pages.verdicts(claims))
     text = pages.between(readme.read_text(encoding="utf-8"), "chapters", table)
+    text = pages.between(text, "results", pages.readme_results(claims, names))
     files.write_atomic(readme, text.encode())
     files.write_atomic(ROOT / "book" / "learning-lambda.svg", landing.still(landing.stories()[0]).encode())
 

@@ -15,6 +15,7 @@ import nbformat
 
 from bilevel_core.lab import report
 from bilevel_core.lab.gpu import pieces
+from bilevel_core.lab.writing import duration, strip, written
 
 NOT_RUN = "not yet run"
 REPORT = "10_reproduction_report"
@@ -104,13 +105,6 @@ def cards(records: Iterable[Mapping[str, Any]]) -> str:
 # ---------------------------------------------------------------- the map of the chapters
 
 
-def duration(seconds: float) -> str:
-    """90 -> '90 s', 600 -> '10 min', 7200 -> '2.0 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def chapter_map(
     listed: Sequence[Chapter],
     status: Mapping[str, Any],
@@ -159,6 +153,32 @@ def readme_table(listed: Sequence[Chapter], judged: Mapping[str, Mapping[str, in
         said = counted(judged.get(chapter.name)) or "–"
         lines.append(f"| [{chapter.heading}](notebooks/{chapter.name}.ipynb) | {chapter.question} | {said} |")
     return "\n".join(lines)
+
+
+MAIN = ("penalty-gradient", "algorithm-2", "algorithm-5", "lambda-vs-bayesian", "over-optimisation", "algorithm-6")
+MAIN += ("schedule-vs-grid", "schedule-vs-hand", "released-gradient", "released-loop", "memory")
+"""Ids of the claims whose results stand in the README."""
+
+
+def commands(claim: Any, names: Sequence[str]) -> list[str]:
+    """What a shell is told, from the root of a clone, to make the numbers of a claim again. names: of the notebooks."""
+    if claim.tier == "full":
+        return ["make gpu ONLY='sd15-*' && make gpu-merge"]
+    results = [name.removesuffix(".json") for name in claim.results if name.endswith(".json")]
+    recorded = dict.fromkeys(belongs(result, names) for result in results) if "recorded" in claim.tier else {}
+    runs = [(name, "recorded") for name in recorded] or [(REPORT, "quick")]  # which computes what is exact
+    tool = ".venv/bin/papermill --cwd notebooks"
+    return [f"{tool} notebooks/{name}.ipynb out.ipynb -k python3 -p PROFILE {profile}" for name, profile in runs]
+
+
+def readme_results(claims: Sequence[Any], names: Sequence[str]) -> str:
+    """Markdown for README.md: a line for each of the main results that there is, with what makes it."""
+    by_id = {claim.id: claim for claim in claims}
+    rows = []
+    for claim in (by_id[id] for id in MAIN if by_id[id].verdict != report.UNTESTED):
+        told = "<br>".join(f"`{command}`" for command in commands(claim, names))
+        rows.append([claim.claim, f"**{claim.verdict}**", strip(written(claim.ours)), claim.tier, told])
+    return table(["Claim", "Verdict", "What came out", "Tier", "Command"], rows, left=5)
 
 
 def between(text: str, marker: str, content: str) -> str:

@@ -40,6 +40,13 @@ def _power(mantissa: str, power: int) -> str:
     return sign.replace("-", "−") + (raised if size == "1" else f"{size} × {raised}")
 
 
+def duration(seconds: float) -> str:
+    """90 -> '90 s', 600 -> '10 min', 7200 -> '2.0 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def readable(text: str) -> str:
     """Text with the numbers that Python wrote as a reader writes them: a minus sign, no −0.00, 10⁴ for 1e+04."""
     text = re.sub(r"(?<![\w.])([+-]?\d(?:\.\d+)?)[eE]([+-]?\d{1,3})\b", lambda m: _power(m[1], int(m[2])), text)

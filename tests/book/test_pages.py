@@ -176,6 +176,28 @@ def test_the_citation_is_that_of_the_file():
     assert text.count("{") == text.count("}")
 
 
+def test_results_stand_with_what_makes_them():
+    def claim(id: str, tier: str, *results: str, verdict: str = "partly") -> SimpleNamespace:
+        told = {"claim": f"It is {id}.", "ours": "-0.5 of abar_T", "verdict": verdict}
+        return SimpleNamespace(id=id, tier=tier, results=results, **told)
+
+    names, tool = ["01_one", "05_five"], ".venv/bin/papermill --cwd notebooks notebooks/"
+    made = {
+        "exact": [f"{tool}10_reproduction_report.ipynb out.ipynb -k python3 -p PROFILE quick"],
+        "recorded": [f"{tool}05_five.ipynb out.ipynb -k python3 -p PROFILE recorded"],
+        "full": ["make gpu ONLY='sd15-*' && make gpu-merge"],
+    }
+    results = ("05_x.json", "05_x.safetensors", "05_five.json")
+    for tier, told in made.items():
+        assert pages.commands(claim("x", tier, *results), names) == told
+    claims = [claim(id, "exact") for id in pages.MAIN]
+    claims[1] = claim(pages.MAIN[1], "–", verdict="cannot be tested here")
+    lines = pages.readme_results(claims, names).splitlines()
+    assert len(lines) == 2 + len(claims) - 1 and pages.MAIN[1] not in "".join(lines)
+    row = [f"It is {pages.MAIN[0]}.", "**partly**", "−0.5 of ᾱ_T", "exact", f"`{made['exact'][0]}`"]
+    assert lines[2] == f"| {' | '.join(row)} |"
+
+
 def test_a_marker_that_is_missing_is_named():
     assert pages.between("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
     with pytest.raises(ValueError, match="<!-- y -->"):

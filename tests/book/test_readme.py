@@ -1,4 +1,5 @@
 import base64
+import fnmatch
 import io
 import re
 import subprocess
@@ -11,6 +12,8 @@ from PIL import Image
 
 import landing
 import pages
+from bilevel_core.lab import report
+from bilevel_core.lab.gpu.pieces import all_pieces
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,13 +35,41 @@ def test_the_readme_names_the_commands_that_exist(root):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_readme_has_the_chapters_of_the_book(root):
+@pytest.fixture(scope="module")
+def claims():
+    return report.claims()
+
+
+def test_the_readme_has_the_chapters_of_the_book(root, claims):
     """`make readme` brings it up to date."""
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     files = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
     listed = [pages.Chapter.read(root / f"{file}.ipynb") for file in files if file.startswith("notebooks/")]
     text = (root / "README.md").read_text()
-    assert text == pages.between(text, "chapters", pages.readme_table(listed, pages.verdicts()))
+    assert text == pages.between(text, "chapters", pages.readme_table(listed, pages.verdicts(claims)))
+
+
+def test_the_readme_has_the_results_of_the_report(root, claims):
+    """`make readme` brings it up to date."""
+    names = [path.stem for path in sorted((root / "notebooks").glob("*.ipynb"))]
+    text = (root / "README.md").read_text()
+    assert text == pages.between(text, "results", pages.readme_results(claims, names))
+
+
+def test_the_commands_of_the_results_can_be_given(root):
+    """Notebooks, profiles and pieces exist; papermill has the options."""
+    told = re.findall(r"`(\.venv/bin/papermill [^`]*|make gpu ONLY[^`]*)`", (root / "README.md").read_text())
+    assert len(told) >= 8
+    options = subprocess.run([sys.executable, "-m", "papermill", "--help"], capture_output=True, text=True).stdout
+    for command in told:
+        if command.startswith("make"):
+            (pattern,) = re.findall(r"ONLY='([^']*)'", command)
+            assert fnmatch.filter([piece.name for piece in all_pieces()], pattern)
+            continue
+        notebook, profile = re.search(r"notebooks/(\w+)\.ipynb .* PROFILE (\w+)$", command).groups()
+        assert (root / "notebooks" / f"{notebook}.ipynb").is_file()
+        assert (root / "notebooks" / "profiles" / profile / f"{notebook}.yaml").is_file()
+        assert all(option in options for option in ("--cwd", "-k,", "-p,"))
 
 
 def test_the_readme_leads_to_files_that_exist(root):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .. import parameters, results
 from ..writing import markup, written
+from .opening import label, numbered
+from .rules import PARTS, VERDICTS, Claim
 
 
 class ProseTable:
@@ -56,6 +58,48 @@ class ProseTable:
             for row in self.rows
         ]
         return "\n".join([*rows, f"{self.tier}: {self.note}"])
+
+
+MARKS = dict(zip(VERDICTS, "●◐○×", strict=True))
+
+
+class Board:
+    """All claims at a glance: a line for each part, a column for each verdict, a mark with number and name for each
+    claim, which links to where it is shown; HTML in a notebook and on a page."""
+
+    def __init__(self, found: Sequence[Claim], *, note: str):
+        self.found, self.note, self.numbers = list(found), note, numbered(found)
+
+    def _cell(self, part: str, verdict: str) -> list[Claim]:
+        return [claim for claim in self.found if (claim.part, claim.verdict) == (part, verdict)]
+
+    def _repr_html_(self) -> str:
+        style = "padding: 0.3em 0.5em; text-align: left; vertical-align: top"
+
+        def mark(claim: Claim) -> str:
+            told = html.escape(f"{claim.claim} {claim.verdict}: {claim.ours}")
+            name = f"{MARKS[claim.verdict]}\u00a0{self.numbers[claim.id]}\u00a0{html.escape(label(claim.id))}"
+            return f'<a href="{html.escape(href(claim.link))}" title="{told}">{name}</a>'
+
+        head = "".join(f'<th scope="col" style="{style}">{MARKS[name]} {name}</th>' for name in VERDICTS)
+        body = ""
+        for part in PARTS:
+            cells = ["<br>".join(mark(claim) for claim in self._cell(part, verdict)) for verdict in VERDICTS]
+            cells = [f'<td style="{style}">{cell}</td>' for cell in cells]
+            body += f'<tr><th scope="row" style="{style}">{part}</th>{"".join(cells)}</tr>'
+        caption = f'<caption style="caption-side: bottom">{markup(written(self.note), True)}</caption>'
+        table = '<table class="dataframe" style="font-size: 0.85em">'
+        head = f'<tr><th scope="col" style="{style}">part</th>{head}</tr>'
+        return f"{table}{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        lines = []
+        for part in PARTS:
+            lines.append(f"{part}:")
+            for verdict in VERDICTS:
+                names = [f"{self.numbers[claim.id]} {label(claim.id)}" for claim in self._cell(part, verdict)]
+                lines += [f"  {MARKS[verdict]} {verdict}: {', '.join(names)}"] if names else []
+        return "\n".join([*lines, self.note])
 
 
 def place(chapter: str) -> str:

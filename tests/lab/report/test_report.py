@@ -415,14 +415,17 @@ def test_prose_table(monkeypatch):
 # ---------------------------------------------------------------- the paper's own values
 
 
-def write(path, entries):
-    path.write_text(yaml.safe_dump({"values": entries}))
+TOLD = {"said": "Table 3 has the FID.", "where": "a web page", "trust": "second hand"}
+
+
+def write(path, entries, **sources):
+    path.write_text(yaml.safe_dump({"sources": {"a page": TOLD} | sources, "values": entries}))
     return path
 
 
 def entry(**changes):
     fixed = {"id": "schedule-bayesian-fid", "table": "3", "row": "Bayesian", "column": "FID", "value": 12.5}
-    return fixed | {"unit": None, "page": 7} | changes
+    return fixed | {"unit": None, "page": 7, "source": None} | changes
 
 
 def test_shipped_values_wait_to_be_transcribed(recorded):
@@ -455,6 +458,7 @@ def test_transcribed_values_are_shown(recorded, tmp_path):
         ({"page": "7"}, "not a page number"),
         ({"page": 0}, "not a page number"),
         ({"colum": "FID"}, "fields"),
+        ({"source": "a rumour"}, "must be null or one of a page"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path, changes, said):
@@ -468,6 +472,40 @@ def test_values_come_once_and_in_a_list(tmp_path):
         report.paper_values(write(tmp_path / "values.yml", [entry(), entry()]))
     with pytest.raises(ValueError, match="a list of entries"):
         report.paper_values(write(tmp_path / "values.yml", {"schedule": 3}))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (TOLD | {"trust": "sure"}, "must be one of read, second hand"),
+        (TOLD | {"where": ""}, "fields"),
+        ({"said": "x", "where": "y"}, "fields"),
+        ("a web page", "fields"),
+    ],
+)
+def test_wrong_sources_are_refused(tmp_path, source, said):
+    path = write(tmp_path / "values.yml", [entry(source="a page")], told=source)
+    for read in (report.paper_sources, report.paper_values):
+        with pytest.raises(ValueError, match=said) as raised:
+            read(path)
+        assert "values.yml, source told" in str(raised.value)
+
+
+def test_what_others_quote_of_the_paper_is_no_value(tmp_path):
+    """Every source is at second hand and tells of some number; a number is null until somebody reads it."""
+    sources, values = report.paper_sources(), report.paper_values()
+    assert {source.trust for source in sources.values()} == {"second hand"}
+    assert {value.source for value in values} == {*sources, None}
+    assert all(value.value is None for value in values)
+    ours = "entropy-bilevel-"
+    assert {value.id.removeprefix(ours) for value in values if value.id.startswith(ours)} == {
+        "upper-reward",
+        "fid",
+        "execution-time",
+        "hpsv2",
+    }
+    (value,) = report.paper_values(write(tmp_path / "values.yml", [entry(source="a page")]))
+    assert report.paper_sources(tmp_path / "values.yml")[value.source] == report.PaperSource(**TOLD)
 
 
 def test_learned_exactly_is_where_the_gradient_vanishes():
