@@ -632,27 +632,30 @@ def summaries(rows: Sequence[dict], reference: str = OURS, tie: float = 1e-9) ->
                             minus that of the reference, paired by prompt and repetition, with its "verdict"
     "by prompt"             the same difference, its interval over prompts, each the mean over repetitions; None for one
     "worst", "cost", "below", "clip", "caption", "digit"   the largest regret, and means over all rows
-    A method for which the record was too short anywhere has no row at that budget; if that is the reference, none has.
+    "prompts"               of how many: those at which the record sufficed for the method in every repetition and for
+                            the reference; at fewer than half of all prompts it has no row
     """
-    found = []
+    found, prompts = [], {row["prompt"] for row in rows}
     for budget in dict.fromkeys(row["budget"] for row in rows):
-        short = {row["method"] for row in rows if row["budget"] == budget and "short" in row}
-        if reference in short:
-            continue
-        own = [row for row in rows if row["budget"] == budget and row["method"] not in short]
-        prompts = len({row["prompt"] for row in own})
-        tables = []
-        for seed, prompt in (("repetition", "prompt"), ("prompt", "repetition")):
-            turned = [{"method": r["method"], "regret": r["regret"], "seed": r[seed], "prompt": r[prompt]} for r in own]
-            enough = seed == "repetition" or prompts > 1
-            found_ = baselines.summarise(turned, reference, tie) if enough else []
-            tables.append({s.method: s for s in found_})
-        for method, summary in tables[0].items():
-            mine = [row for row in own if row["method"] == method]
+        own = [row for row in rows if row["budget"] == budget]
+        short = {(row["method"], row["prompt"]) for row in own if "short" in row}
+        for method in dict.fromkeys(row["method"] for row in own):
+            held = [p for p in prompts if not {(method, p), (reference, p)} & short]
+            pair = [row for row in own if row["method"] in (method, reference) and row["prompt"] in held]
+            if 2 * len(held) < len(prompts):
+                continue
+            tables = []
+            for seed, prompt in (("repetition", "prompt"), ("prompt", "repetition")):
+                turned = [
+                    {"method": r["method"], "regret": r["regret"], "seed": r[seed], "prompt": r[prompt]} for r in pair
+                ]
+                enough = seed == "repetition" or len(held) > 1
+                tables.append({s.method: s for s in baselines.summarise(turned, reference, tie)} if enough else {})
+            summary, mine = tables[0][method], [row for row in pair if row["method"] == method]
             mean = {n: sum(r[n] for r in mine) / len(mine) for n in ("cost", "below", "clip", "caption", "digit")}
             found.append(
                 {"budget": budget, "method": method, "regret": summary.regret, "difference": summary.difference}
-                | {"verdict": summary.verdict, "worst": max(row["regret"] for row in mine)}
+                | {"verdict": summary.verdict, "worst": max(row["regret"] for row in mine), "prompts": len(held)}
                 | mean
                 | {"by prompt": tables[1][method].difference if tables[1] else None}
             )

@@ -200,6 +200,12 @@ def run(
     return done, before + time.perf_counter() - began
 
 
+def seconds(problem: Problem, folder: Path) -> float:
+    """What both runs of a prompt have taken so far, all starts together."""
+    paths = (folder / f"{slug(problem.prompt)}_{slug(start)}.safetensors" for start in STARTS)
+    return sum(files.load_state(path)[1]["seconds"] for path in paths if path.exists())
+
+
 def plain(
     problem: Problem,
     n: int,

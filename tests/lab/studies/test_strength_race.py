@@ -466,3 +466,28 @@ def test_where_the_record_is_too_short_nothing_is_told(truth, tmp_path):
     assert all("the record is too short" in row["short"] and "regret" not in row for row in short)
     told = {(row["budget"], row["method"]) for row in strength_race.summaries(found)}
     assert told == {(9000, OURS), (9000, "none"), (9000, "curve of p_0"), (40_000, OURS), (40_000, "none")}
+
+
+def test_a_method_is_compared_where_the_record_held_it():
+    """On the prompts that it and ours have, and nowhere below half of them."""
+    about = dict.fromkeys(("cost", "below", "clip", "caption", "digit"), 1.0) | {"budget": 1}
+
+    def rows(method, regrets, short=()):
+        return [
+            about
+            | {"method": method, "prompt": prompt, "repetition": fold}
+            | ({"short": "too short"} if (prompt, fold) in short else {"regret": value + 0.1 * fold * value})
+            for prompt, value in zip("abcd", regrets, strict=True)
+            for fold in range(3)
+        ]
+
+    ours, rival = rows(OURS, [1, 2, 3, 4]), rows("rival", [2, 3, 9, 9], short={("d", 1), ("c", 0)})
+    table = {row["method"]: row for row in strength_race.summaries([*ours, *rival])}
+    assert table[OURS]["prompts"] == 4 and table["rival"]["prompts"] == 2
+    assert table[OURS]["regret"].mean == pytest.approx(2.75) and table["rival"]["regret"].mean == pytest.approx(2.75)
+    assert table["rival"]["difference"].mean == pytest.approx(1.1) and table["rival"]["by prompt"].mean > 0
+    rival = rows("rival", [2, 3, 9, 9], short={("d", 1), ("c", 0), ("a", 2)})
+    assert [row["method"] for row in strength_race.summaries([*ours, *rival])] == [OURS]
+    ours = rows(OURS, [1, 2, 3, 4], short={("a", 0)})
+    table = {row["method"]: row for row in strength_race.summaries([*ours, *rows("rival", [2, 3, 9, 9])])}
+    assert table["rival"]["prompts"] == table[OURS]["prompts"] == 3

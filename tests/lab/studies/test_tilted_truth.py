@@ -184,6 +184,9 @@ def test_both_runs_are_the_truth(problem, whole):
     assert truth.prompt == PROMPT and len(truth.runs) == 2
     for one, other in zip(truth.runs, runs.values(), strict=True):
         same(one, other)
+    kept = [files.load_state(path)[1]["seconds"] for path in folder.glob("*_p_0.safetensors")]
+    assert len(kept) == 1 and tilted_truth.seconds(problem, folder) > kept[0] > 0
+    assert tilted_truth.seconds(problem, folder / "nowhere") == 0
 
 
 def test_runs_end_once_their_curve_has_turned(problem, tmp_path, monkeypatch):
