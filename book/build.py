@@ -35,8 +35,10 @@ import papermill
 import yaml
 from nbformat import NotebookNode
 
+import api
 import landing
 import light
+import links
 import pages
 from bilevel_core.lab import files, parameters, results
 from bilevel_core.lab.explorers.worker import pack_script, runtime
@@ -385,6 +387,8 @@ def write_pages(status: dict[str, Any], names: list[str], address: Address | Non
     full = pages.full_runs(records, names)
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     return {
+        "api": api.markdown(),
+        "changelog": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "citation": pages.citation(cff, address.url if address else None),
         "moving-figure": f"`````{{raw}} html\n{landing.figure()}\n`````",
         "live-figure": f"`````{{raw}} html\n{live_figures.pull().html()}\n`````",
@@ -435,6 +439,7 @@ def build(profile: str, force: bool = False, workers: int = 0) -> Path:
 
     def finish(html: Path) -> None:
         offer_clean_notebooks(html, names, address)
+        links.link(html)
         light.lighten(html)
         status["page_bytes"] = pages.fill_sizes(html, names)
 
