@@ -28,6 +28,7 @@ COUNT = "() => ['.math', 'mjx-container'].map((name) => document.querySelectorAl
 TITLE = "(h) => [...h.childNodes].filter((n) => n.className !== 'headerlink').map((n) => n.textContent).join('').trim()"
 OPEN = """async () => {
   document.documentElement.dataset.theme = document.documentElement.dataset.mode = "light";
+  document.querySelectorAll("a.enlarge").forEach((node) => node.removeAttribute("href"));
   document.querySelectorAll("details").forEach((node) => { node.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((node) => node.classList.remove("toggle-hidden"));
   const width = document.querySelector(".bd-article").clientWidth;
