@@ -6,4 +6,4 @@ answer in closed form.
 What the experiments need (data, networks, metrics, plots) lives in `bilevel_core.lab`, which the core never imports.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -35,9 +35,12 @@ import papermill
 import yaml
 from nbformat import NotebookNode
 
+import api
 import landing
 import light
+import links
 import pages
+import polish
 from bilevel_core.lab import files, parameters, results
 from bilevel_core.lab.explorers.worker import pack_script, runtime
 from bilevel_core.lab.studies import live_figures
@@ -303,11 +306,15 @@ def stage(
         page.write_text(text, encoding="utf-8")
     for name, path in executed.items():
         nb = dress(nbformat.read(path, as_version=4), name, address, SITE_BADGE)
+        for cell in tagged(nb, "setup"):  # for Colab: in what is downloaded, not on the page
+            cell.metadata["tags"].append("remove-cell")
         nbformat.write(nb, src / "notebooks" / f"{name}.ipynb")
     shutil.copy(ROOT / "_toc.yml", src)
     vendor_mathjax(src / "_vendor" / "jslib" / "mathjax")
     write_live(src / "_vendor" / "live")
     shutil.move(src / "book" / "site.css", src / "_vendor" / "site.css")
+    shutil.copy(ROOT / "book" / "site.js", src / "_vendor")
+    shutil.copy(ROOT / "book" / "search.js", src)
     config = {**config, "repository": {"url": address.url if address else "", "branch": "colab"}}
     if address is None or address.colab("") is None:
         config.pop("launch_buttons", None)
@@ -385,6 +392,8 @@ def write_pages(status: dict[str, Any], names: list[str], address: Address | Non
     full = pages.full_runs(records, names)
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     return {
+        "api": api.markdown(),
+        "changelog": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "citation": pages.citation(cff, address.url if address else None),
         "moving-figure": f"`````{{raw}} html\n{landing.figure()}\n`````",
         "live-figure": f"`````{{raw}} html\n{live_figures.pull().html()}\n`````",
@@ -435,6 +444,8 @@ def build(profile: str, force: bool = False, workers: int = 0) -> Path:
 
     def finish(html: Path) -> None:
         offer_clean_notebooks(html, names, address)
+        polish.polish(html)
+        links.link(html)
         light.lighten(html)
         status["page_bytes"] = pages.fill_sizes(html, names)
 

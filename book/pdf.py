@@ -25,8 +25,10 @@ ROOT = HERE.parent
 PAPER = {"format": "A4", "print_background": True, "outline": True, "tagged": True}
 MARGIN = {"top": "16mm", "bottom": "18mm", "left": "15mm", "right": "15mm"}
 COUNT = "() => ['.math', 'mjx-container'].map((name) => document.querySelectorAll(name).length)"
+TITLE = "(h) => [...h.childNodes].filter((n) => n.className !== 'headerlink').map((n) => n.textContent).join('').trim()"
 OPEN = """async () => {
   document.documentElement.dataset.theme = document.documentElement.dataset.mode = "light";
+  document.querySelectorAll("a.enlarge").forEach((node) => node.removeAttribute("href"));
   document.querySelectorAll("details").forEach((node) => { node.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((node) => node.classList.remove("toggle-hidden"));
   const width = document.querySelector(".bd-article").clientWidth;
@@ -69,7 +71,7 @@ def print_pages(browser: Any, html: Path, names: Sequence[str]) -> tuple[list[tu
             written, typeset = page.evaluate(COUNT)
             if typeset < written:
                 raise PdfError(f"{name}: {written} formulas are written, {typeset} were set")
-            title = page.locator(".bd-article h1").first.evaluate("(h) => h.childNodes[0].textContent.trim()")
+            title = page.locator(".bd-article h1").first.evaluate(TITLE)
             printed.append((title, page.pdf(**PAPER, margin=MARGIN)))
             page.close()
         context.close()
