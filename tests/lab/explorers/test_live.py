@@ -469,3 +469,18 @@ def test_without_webassembly_the_recorded_figure_stays(page, grid_site, lacking)
     root.get_by_role("slider", name="τ").press("ArrowRight")  # curves still follow
     settle(page)
     assert page.evaluate("document.querySelector('#blx-grid').explorer.values().tau") == 1.05
+
+
+@pytest.mark.browser
+def test_without_webassembly_the_recorded_curve_of_the_pull_stays(page, pull_site):
+    page.add_init_script("delete window.WebAssembly")
+    root = opened(page, pull_site, "pull", load=False)
+    assert "no WebAssembly" in said(root) and root.locator(".blx-load").count() == 0
+    values = "document.querySelector('#blx-pull').explorer.values()"
+    before = page.evaluate(values)
+    assert root.locator("svg path").count() > 0  # the recorded curve, whose mark follows the slider
+    drawn = "nodes => nodes.map(node => node.innerHTML).join()"
+    marks = root.locator("svg").evaluate_all(drawn)
+    root.get_by_role("slider").first.press("ArrowLeft")
+    settle(page)
+    assert page.evaluate(values) != before and root.locator("svg").evaluate_all(drawn) != marks
