@@ -17,6 +17,7 @@ import yaml
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NullObject
 
+import polish
 from bilevel_core.lab import files
 from browser import chromium, served, settle
 
@@ -173,7 +174,18 @@ def make(profile: str, browser: Any) -> Path:
     book.compress_identical_objects()
     stream = io.BytesIO()
     book.write(stream)
+    offer(html, stream.getvalue())
     return files.write_atomic(out / "book.pdf", stream.getvalue())
+
+
+def offer(html: Path, content: bytes) -> None:
+    """Lays the book's file beside the pages of a site, and a link to it into their menu of downloads."""
+    files.write_atomic(html / "book.pdf", content)
+    link = '<li><a class="btn btn-sm dropdown-item" href="../book.pdf" download>The book as .pdf</a></li>'
+    for path in (*html.glob("book/*.html"), *html.glob("notebooks/*.html")):
+        text = path.read_text(encoding="utf-8")
+        if polish.PDF in text:
+            files.write_atomic(path, text.replace(polish.PDF, link).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

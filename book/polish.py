@@ -11,7 +11,10 @@ PICTURE = re.compile(r'<img\b[^>]*\bsrc="(?P<src>\.\./_images/(?P<name>[^"/]+\.p
 DARK = 96  # of 255: what is darker is ink, or the ground of an image
 INK, WHITE = 0.1, 0.5  # shares of a plot: at most so much ink, at least so much white
 
+# Where the theme would print a single page stands the book's own file, once `make pdf` has made it.
+PDF = "<!-- book.pdf -->"
 MENDED = (
+    (r'<li>\s*<button onclick="window\.print\(\)"(?s:.*?)</button>\s*</li>', PDF),
     # A summary is called what it shows, not something else to those who hear it.
     ('<summary aria-label="Toggle hidden content">', "<summary>"),
     # The book's name leads to its first page.

@@ -12,6 +12,7 @@ from pypdf.generic import ArrayObject
 
 import pages
 import pdf
+import polish
 
 
 def test_titles_that_chromium_says_twice():
@@ -31,6 +32,18 @@ def test_without_a_site_or_a_browser_there_is_no_pdf(tmp_path, monkeypatch, caps
     monkeypatch.setattr(pdf, "chromium", none)
     assert pdf.main([]) == 1
     assert "no PDF: no browser. Install one" in capsys.readouterr().err
+
+
+def test_pages_offer_the_book_once_it_is_printed(tmp_path):
+    for name in ("book/a", "notebooks/b"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.html").write_text(f"<ul><li>x</li>{polish.PDF}</ul>")
+    for _ in range(2):  # printed again, it is offered once
+        pdf.offer(tmp_path, b"%PDF")
+        for name in ("book/a", "notebooks/b"):
+            text = (tmp_path / f"{name}.html").read_text()
+            assert text.count('href="../book.pdf" download') == 1 and polish.PDF not in text
+    assert (tmp_path / "book.pdf").read_bytes() == b"%PDF"
 
 
 @pytest.fixture(scope="module")

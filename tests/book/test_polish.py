@@ -55,6 +55,10 @@ def test_pictures_open_and_plots_are_marked(site):
             '<div class="sidebar-primary-item">\n<a class="navbar-brand logo">',
             '<div class="sidebar-primary-item" role="navigation" aria-label="Book">\n<a class="navbar-brand logo">',
         ),
+        (
+            '<li>a</li>\n<li>\n<button onclick="window.print()"\n class="btn">\n<i></i>.pdf\n</button>\n</li>',
+            "<li>a</li>\n<!-- book.pdf -->",
+        ),
         ('<div class="sidebar-primary-item">\n<nav>', '<div class="sidebar-primary-item">\n<nav>'),
     ],
 )
