@@ -69,7 +69,10 @@ OTHERS = {
     "appendix_classifiers": {"points": 100},
 }
 NEED_MNIST = ("05_reward_finetuning_mnist", "appendix_text_models")
-RUNS = [(name, profile) for name, (_, left) in STUDIES.items() for profile in left]
+# Of most, one profile is executed: full where a cell reads its result, else recorded. What the other would do besides
+# giving its result another name, both are executed for.
+FULL, BOTH = ("01_diffusion", "05_reward_finetuning_mnist", "appendix_text_models"), ("07_noise_schedule_mnist",)
+RUNS = [(name, "full" if name in FULL else "recorded") for name in STUDIES] + [(name, "full") for name in BOTH]
 
 
 def code_cells(path: Path) -> list[str]:
@@ -115,6 +118,28 @@ def test_a_notebook_writes_results_of_its_own_tier_and_of_no_small_profile(path)
         assert ast.unparse(call.args[1]) == "P.PROFILE" and ast.unparse(call.args[3]) == "P"
         around = [n.test for n in ast.walk(code) if isinstance(n, ast.If) and call in ast.walk(n)]
         assert any("P.PROFILE" in ast.unparse(test) for test in around), ast.unparse(call.args[0])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_profile_that_is_not_executed_would_do_nothing_else(name):
+    code, left = tree(ROOT / "notebooks" / f"{name}.ipynb"), STUDIES[name][1]
+    executed = {profile for each, profile in RUNS if each == name}
+    values = {}
+    for node in ast.walk(code):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).strip("()") in ("STUDY", "name, kept"):
+            value = ast.literal_eval(node.value)
+            values |= {"name": value[0]} if isinstance(value, tuple) else {"STUDY": value}
+    for node in ast.walk(code):
+        if isinstance(node, ast.If):
+            for part in node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]:
+                if "P.PROFILE" in (text := ast.unparse(part)):
+                    enters = {p for p in left if eval(text, {"P": SimpleNamespace(PROFILE=p)} | values)}
+                    assert not enters or enters & executed, text
+    for call in ast.walk(code):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "results.write_result":
+            for profile, result in left.items():
+                found = eval(ast.unparse(call.args[0]), {"P": SimpleNamespace(PROFILE=profile)} | values)
+                assert found == result
 
 
 UNCOMPARED = {"study_seeds": 1, "val_steps": 3, "study_grids": [2, 4]}  # refused by chapter 7
