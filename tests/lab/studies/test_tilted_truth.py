@@ -189,7 +189,7 @@ def test_both_runs_are_the_truth(problem, whole):
     assert tilted_truth.seconds(problem, folder / "nowhere") == 0
 
 
-def test_runs_end_once_their_curve_has_turned(problem, tmp_path, monkeypatch):
+def test_runs_end_once_they_are_certified_or_their_curve_has_turned(problem, tmp_path, monkeypatch):
     lengths, plain = [], tilted_truth.run
 
     def run(problem, start, *, sweeps, **options):
@@ -200,11 +200,11 @@ def test_runs_end_once_their_curve_has_turned(problem, tmp_path, monkeypatch):
     size = {name: value for name, value in SIZE.items() if name != "sweeps"} | {"folder": tmp_path}
     curve = [{"lam": lam, "clip": clip} for lam, clip in ((0.2, 60), (0.6, 65), (math.inf, 50))]
     monkeypatch.setattr(Truth, "curve", lambda self: curve)
-    for down_to, wanted in ((0.5, [20]), (0.6, [20, 40, 50]), (None, [20, 40, 50])):
+    for down_to, wanted in ((0.09, [40]), (0.1, [40, 80]), (0.6, [40, 80, 120]), (None, [40, 80, 120])):
         lengths.clear()
         certificate = types.SimpleNamespace(down_to=down_to)
         monkeypatch.setattr(Truth, "certificate", property(lambda _, found=certificate: found))
-        tilted_truth.truth(problem, sweeps=50, **size)
+        tilted_truth.truth(problem, sweeps=120, **size)
         assert lengths == [length for length in wanted for _ in tilted_truth.STARTS]
 
 
